@@ -1,0 +1,7 @@
+"""Position schemes: functions of coordinates. This package needs torch alone."""
+
+from . import absolute, coords, rotary
+from .base import Encoding, Layout, Position, Sum, build, register, schemes
+from .rotary import Rotary
+
+__all__ = ["Encoding", "Layout", "Position", "Rotary", "Sum", "absolute", "build", "coords", "register", "rotary", "schemes"]

@@ -1,0 +1,359 @@
+"""What a position scheme is, and how to name one.
+
+A position scheme is a function of coordinates. Attention asks it what to do and never asks which scheme it is.
+
+A scheme may do two things. `encode` turns coordinates into an `Encoding`, once per forward pass: plain tensors that say
+how attention rotates queries and keys and what it adds to their logits. `embed` acts earlier, on the tokens themselves,
+for absolute schemes. The base classes do nothing, so a scheme overrides only what it means.
+
+A spec names a scheme, its options, modifiers and sums: "axial(base=100)", "learned + mixed". Building one never imports
+a module, for a spec may come with a downloaded config: a scheme from elsewhere is registered by importing its module.
+"""
+
+import ast
+import difflib
+import inspect
+import itertools
+import math
+import types
+import typing
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import coords as places
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that a scheme may know of its model.
+
+    `width` channels in `heads` heads, `grid` cells along each axis in training, `depth` layers; coordinates come in
+    `unit` and from `origin` as `coords.grid` defines them. Raises ValueError where width does not divide by heads.
+    """
+
+    width: int
+    heads: int
+    grid: tuple[int, ...]
+    depth: int = 12
+    unit: str = "index"
+    origin: float | str | tuple[float, ...] = field(default=0.0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        places.check_shape(self.grid)
+        places.check_unit(self.unit)
+        for name in ("width", "heads", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"a layout needs a {name} of at least 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide by {self.heads} heads")
+
+    @property
+    def axes(self) -> int:
+        return len(self.grid)
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    def coords(self, shape: Sequence[int] | None = None, device: torch.device | None = None) -> Tensor:
+        """Coordinates (N, A) of a grid of this shape, or of the training grid, in this layout's unit and origin."""
+        return places.grid(self.grid if shape is None else shape, self.unit, self.origin, device)
+
+    def cell(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Cell indices (…, A), fractional between cells, of coordinates (…, A) on this or on the training grid."""
+        return places.cell(coords, self.grid if grid is None else grid, self.unit, self.origin)
+
+    def flatten(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Row-major cell numbers (…, 1) of coordinates (…, A) on this or on the training grid."""
+        sizes, cells = self.grid if grid is None else grid, self.cell(coords, grid)
+        number = cells[..., :1]
+        for a in range(1, len(sizes)):
+            number = number * sizes[a] + cells[..., a : a + 1]
+        return number
+
+
+class Encoding(NamedTuple):
+    """What positions do to one attention call, for all layers; the default does nothing.
+
+    `turn_q`, `turn_k`: cosines and sines (L, B, N, H, R, 2) in float32 by which R channel pairs of queries and keys
+    turn, L, B and H being 1 where layers, samples or heads share them; `turn_k` None is `turn_q`. `bias`: (L, B, H, N,
+    M), added to the scaled logits. `half`: pair j is channels j and j + R, rather than 2j and 2j + 1. Only `attend`
+    reads this record.
+    """
+
+    turn_q: Tensor | None = None
+    turn_k: Tensor | None = None
+    bias: Tensor | None = None
+    half: bool = False
+
+
+_NUMBERS = itertools.count()
+_ALIVE: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+class InPython(nn.Module):
+    """A module whose ignored methods TorchScript runs in Python, where `in_python(self)` is the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enlist()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # copies have a number of their own
+        super().__setstate__(state)
+        self._enlist()
+
+    def _enlist(self) -> None:
+        self.number = next(_NUMBERS)
+        _ALIVE[self.number] = self
+
+
+def in_python(module: Any) -> Any:
+    """The Python module behind one that TorchScript may have wrapped, which has lost all but its simple attributes."""
+    return _ALIVE[module.number] if isinstance(module, torch.jit.ScriptModule) else module
+
+
+class Position(InPython):
+    """A position scheme; this base is `none`, for which tokens form a set."""
+
+    relative: bool = True  # a claim that tests hold every scheme to: logits depend on displacements alone
+    axes: int | None = None  # how many axes coordinates must have; None takes any
+
+    def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
+        """The encoding of tokens at `coords` (N, A) or (B, N, A), and keys at `key_coords` where they are elsewhere.
+
+        `grid`, where given, is the grid that the tokens come from.
+        """
+        return Encoding()
+
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
+        """Patch tokens x (B, N, C) with their absolute places in them, unchanged where the scheme has none.
+
+        Overrides put whatever branches on its inputs into functions wrapped by `torch.fx.wrap`.
+        """
+        return x
+
+    def reset_parameters(self) -> None:
+        """Draw the scheme's own parameters anew."""
+
+    @torch.jit.ignore
+    def forward(
+        self,
+        coords: Tensor,
+        prefix: int = 0,
+        key_coords: Tensor | None = None,
+        key_prefix: int | None = None,
+        grid: list[int] | None = None,
+    ) -> Encoding:
+        """Encode tokens at `coords` (N, A) or (B, N, A) that follow `prefix` tokens without a place.
+
+        Keys are the same tokens unless `key_coords` (and `key_prefix`) say otherwise. `grid` says what grid the tokens
+        come from, if any; coords (N, A) with one row for each of its cells must then be all of it, in row-major order.
+        Raises TypeError or ValueError for coordinates of another type or number of axes.
+        """
+        self = in_python(self)
+        coords = places.check(coords, self.axes)
+        if key_coords is not None:
+            key_coords = places.check(key_coords, self.axes)
+        with torch.autocast(coords.device.type, enabled=False):
+            encoding = self.encode(coords, key_coords, grid)
+        return _pad(encoding, prefix, prefix if key_prefix is None else key_prefix)
+
+    @torch.jit.ignore
+    def embed(self, x: Tensor, coords: Tensor, grid: list[int] | None = None) -> Tensor:
+        """Patch tokens x (B, N, C) with their absolute places in them, for `coords` and `grid` as in a call."""
+        return in_python(self).add(x, coords, grid)
+
+
+
+def _pad(encoding: Encoding, prefix: int, key_prefix: int) -> Encoding:
+    """Room in front for tokens that have no place: no turn, no bias."""
+    if prefix == key_prefix == 0:
+        return encoding
+    turn_q, turn_k, bias, half = encoding
+    if turn_k is None and prefix != key_prefix:
+        turn_k = turn_q
+    if bias is not None:
+        bias = nn.functional.pad(bias, (key_prefix, 0, prefix, 0))
+    return Encoding(_pad_turn(turn_q, prefix), _pad_turn(turn_k, key_prefix), bias, half)
+
+
+def _pad_turn(turn: Tensor | None, prefix: int) -> Tensor | None:
+    if turn is None or prefix == 0:
+        return turn
+    rest = turn.new_tensor([1.0, 0.0]).expand(*turn.shape[:2], prefix, *turn.shape[3:])
+    return torch.cat((rest, turn), dim=2)
+
+
+class Sum(Position):
+    """Several schemes at once, e.g. a rotation over a learned table: turns compose, biases and embeddings add."""
+
+    def __init__(self, *parts: Position) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.relative = all(part.relative for part in parts)
+
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
+        for part in self.parts:
+            x = part.add(x, coords, grid)
+        return x
+
+    def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
+        total = Encoding()
+        for part in self.parts:
+            total = _add(total, part.encode(coords, key_coords, grid))
+        return total
+
+
+def _add(a: Encoding, b: Encoding) -> Encoding:
+    half = a.half or b.half
+    if a.turn_q is not None and b.turn_q is not None:
+        if a.half != b.half:
+            raise ValueError("rotations of interleaved and of half pairs do not commute; give both the same `pairs`")
+        if a.turn_q.shape[-2] != b.turn_q.shape[-2]:
+            raise ValueError(f"rotations of {a.turn_q.shape[-2]} and of {b.turn_q.shape[-2]} pairs cannot be summed")
+    turn_k = None
+    if a.turn_k is not None or b.turn_k is not None:
+        turn_k = _compose(a.turn_q if a.turn_k is None else a.turn_k, b.turn_q if b.turn_k is None else b.turn_k)
+    bias = b.bias if a.bias is None else a.bias if b.bias is None else a.bias + b.bias
+    return Encoding(_compose(a.turn_q, b.turn_q), turn_k, bias, half)
+
+
+def _compose(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """One turn after another: turns of a pair commute and their angles add."""
+    if a is None or b is None:
+        return b if a is None else a
+    (ca, sa), (cb, sb) = a.unbind(-1), b.unbind(-1)
+    return torch.stack((ca * cb - sa * sb, sa * cb + ca * sb), dim=-1)
+
+
+# ---- names and specs ------------------------------------------------------------------------------------------------
+
+Factory = Callable[..., Position]
+F = TypeVar("F", bound=Factory)
+_SCHEMES: dict[str, Factory] = {}
+
+
+def register(factory: F) -> F:
+    """Make `factory(layout, *schemes, **options)` known to specs by its own lower-case name.
+
+    Parameters without a default are schemes to modify, those with one are options. Raises ValueError for a taken name.
+    """
+    name = factory.__name__.lower()
+    if name in _SCHEMES:
+        raise ValueError(f"position scheme {name!r} is registered already, by {_SCHEMES[name].__module__}")
+    _SCHEMES[name] = factory
+    return factory
+
+
+def schemes() -> list[str]:
+    """Every registered name, sorted."""
+    return sorted(_SCHEMES)
+
+
+@register
+def none(layout: Layout) -> Position:
+    """No positions at all: the honest baseline, for which tokens form a set."""
+    return Position()
+
+
+def build(spec: str, layout: Layout) -> Position:
+    """The scheme that `spec` names, e.g. "mixed(base=10) + learned", for a model of this layout.
+
+    Raises TypeError where spec is no string and ValueError where it cannot be read, names what does not exist, or asks
+    for what the layout does not allow.
+    """
+    if not isinstance(spec, str):
+        raise TypeError(f'a position spec is a string such as "axial(base=100)", got {type(spec).__name__}')
+    if len(spec) > 1000:
+        raise ValueError(f"a position spec has at most 1000 characters, got {len(spec)}")
+    try:
+        tree = ast.parse(spec.strip(), mode="eval").body
+        position = _build(tree, layout)
+    except SyntaxError as error:
+        raise ValueError(f'cannot read position spec {spec!r}: expected e.g. "axial(base=100) + learned"') from error
+    except (ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"cannot build position {spec!r}: {error or type(error).__name__}") from error
+    position.axes = layout.axes
+    return position
+
+
+def _build(node: ast.expr, layout: Layout) -> Position:
+    match node:
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return Sum(*(part for side in (left, right) for part in _parts(_build(side, layout))))
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=keywords):
+            return _call(name, layout, [_build(argument, layout) for argument in arguments], _options(name, keywords))
+        case ast.Name(id=name):
+            return _call(name, layout, [], {})
+    raise ValueError(f"expected name, name(option=value) or a sum of these, not {ast.unparse(node)!r}")
+
+
+def _parts(position: Position) -> list[Position]:
+    return list(position.parts) if isinstance(position, Sum) else [position]
+
+
+def _options(name: str, keywords: list[ast.keyword]) -> dict[str, Any]:
+    options = {}
+    for keyword in keywords:
+        if keyword.arg is None:
+            raise ValueError(f"{name} takes options as name=value, not **{ast.unparse(keyword.value)}")
+        try:
+            value = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError) as error:
+            text = ast.unparse(keyword.value)
+            raise ValueError(f"{name}({keyword.arg}=…) takes a number, a string or a tuple, not {text}") from error
+        options[keyword.arg] = tuple(value) if isinstance(value, list) else value
+    return options
+
+
+def _call(name: str, layout: Layout, parts: list[Position], options: dict[str, Any]) -> Position:
+    if name not in _SCHEMES:
+        near = difflib.get_close_matches(name, _SCHEMES, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"no position scheme is called {name!r}; {hint}There are: {', '.join(schemes())}")
+    factory = _SCHEMES[name]
+    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    wanted = [p.name for p in parameters if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
+    if len(parts) != len(wanted):
+        kind = f"modifies {len(wanted)} scheme(s) ({', '.join(wanted)})" if wanted else "modifies no other scheme"
+        raise ValueError(f"{name} {kind}, got {len(parts)}; options are written name=value")
+    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    allowed = {p.name: hints.get(p.name, Any) for p in parameters if p.name not in wanted}
+    for option, value in options.items():
+        if option not in allowed:
+            raise ValueError(f"{name} has no option {option!r}; it takes {', '.join(allowed) or 'none'}")
+        if not _accepts(allowed[option], value):
+            raise ValueError(f"{name}({option}=…) takes {_describe(allowed[option])}, got {value!r}")
+    return factory(layout, *parts, **options)
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    """Whether a literal fits a type hint, as far as options of schemes use hints."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_accepts(argument, value) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) > 0 and all(_accepts(arguments[0], item) for item in value)
+    if hint in (float, int):
+        kinds = (float, int) if hint is float else int
+        return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    return hint is Any or (value is None if hint is type(None) else isinstance(value, hint))
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return " or ".join(repr(argument) for argument in arguments)
+    if origin is tuple:
+        return f"a tuple of {_describe(arguments[0])}s"
+    return {float: "a finite number", int: "a whole number", bool: "True or False", str: "a string"}.get(hint, str(hint))

@@ -1,0 +1,241 @@
+"""Rotary position embedding along any number of axes.
+
+Channel pairs of queries and keys turn by angles that are linear in the token's coordinates,
+
+    angle[token, pair] = sum_a coords[token, a] * freqs[a, pair],
+
+so that a query-key product sees two positions through their displacement alone. Every scheme whose rotations commute is
+one choice of `freqs`: one axis for each pair is axial RoPE, all axes in every pair is mixed RoPE, rows of (W f, f) are
+RoPE over the flattened image. To add one, return `Rotary(freqs)` from a function decorated with `@register`.
+
+Shapes   L layers and H heads (1 if shared), N tokens, A axes, R pairs of the D channels of a head
+Units    coordinates as the layout has them, freqs in radians per unit
+Pairs    `interleaved`: channels 2j and 2j + 1 turn together, the block-diagonal matrix as derived; `half`: j and j + R
+Sources  RoFormer, arXiv:2104.09864 (one axis); RoPE-ViT, arXiv:2403.13298 (axial, mixed)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .base import Encoding, Layout, Position, register
+
+Pairs = Literal["interleaved", "half"]
+
+
+def angles(coords: Tensor, freqs: Tensor) -> Tensor:
+    """Angles (L, B, N, H, R) of coordinates (N, A) or (B, N, A) at frequencies (L, H, A, R)."""
+    if coords.ndim == 2:
+        coords = coords[None]
+    turns = coords[None, :, :, None, :, None] * freqs[:, None, None]
+    return turns.sum(dim=-2)  # not a matmul, which autocast and TF32 would round
+
+
+def rotate(x: Tensor, turn: Tensor, half: bool = False) -> Tensor:
+    """Turn the first 2R channels of x (B, H, N, D) by turn (B, N, H, R, 2), a cosine and a sine for each pair.
+
+    Computes in float32, or float64 where x is that, and returns x's dtype. Raises ValueError where x is too narrow.
+    """
+    width = 2 * turn.shape[-2]
+    if width > x.shape[-1]:
+        raise ValueError(f"a rotation of {width // 2} pairs needs heads of {width} channels or more, got {x.shape[-1]}")
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    turn = turn.to(precise).transpose(1, 2)
+    head = x[..., :width].to(precise)
+    cos, sin = turn[..., 0], turn[..., 1]
+    if half:
+        a, b = head.chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    elif _complex_serves(head):
+        turned = torch.view_as_real(_as_complex(head) * torch.view_as_complex(turn)).flatten(-2)
+    else:
+        a, b = head.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    turned = turned.to(x.dtype)
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+
+
+def _complex_serves(x: Tensor) -> bool:
+    """One complex product is the fastest eager rotation; compilers, exporters and other devices want real numbers."""
+    return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    pairs = x.unflatten(-1, (-1, 2))
+    even = pairs.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in pairs.stride()[:-1])
+    return torch.view_as_complex(pairs if even and pairs.stride(-1) == 1 else pairs.contiguous())
+
+
+def geometric(count: int, base: float) -> Tensor:
+    """Frequencies (count,) in float64 that fall geometrically from 1 towards 1 / base."""
+    return base ** (-torch.arange(count, dtype=torch.float64, device="cpu") / max(count, 1))
+
+
+class Rotary(Position):
+    """Turn channel pairs of queries and keys by coordinates times `freqs` (L, H, A, R), fixed or learned.
+
+    Fixed frequencies are constants of the scheme, neither parameters nor buffers: no cast, no meta device and no
+    checkpoint can change them. Learned ones are one float32 parameter, which keeps that precision under `.bfloat16()`
+    and `.half()`. Raises ValueError for frequencies of another shape or a value that is not finite.
+    """
+
+    def __init__(self, freqs: Tensor, pairs: Pairs = "interleaved", learned: bool = False) -> None:
+        super().__init__()
+        if freqs.ndim != 4:
+            raise ValueError(f"frequencies must be (layers, heads, axes, pairs), got shape {tuple(freqs.shape)}")
+        if not freqs.isfinite().all():
+            raise ValueError("frequencies must be finite")
+        self.axes, self.pairs = freqs.shape[-2], pairs
+        self.initial = freqs.detach().to("cpu", torch.float64)  # what fixed frequencies are and learned ones begin as
+        self.freqs = nn.Parameter(torch.empty(freqs.shape, dtype=torch.float32)) if learned else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.freqs is not None:
+            with torch.no_grad():
+                self.freqs.copy_(self.initial)
+
+    def frequencies(self, coords: Tensor) -> Tensor:
+        """Frequencies (L, H, A, R) as the coordinates' device and precision need them."""
+        if self.freqs is not None:
+            return self.freqs.to(coords.dtype)
+        return self.initial.to(coords.dtype).to(coords.device)  # cast first: not every device has float64
+
+    def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
+        freqs = self.frequencies(coords)
+        turn_k = None if key_coords is None else self.turn(key_coords, freqs)
+        return Encoding(self.turn(coords, freqs), turn_k, half=self.pairs == "half")
+
+    def turn(self, coords: Tensor, freqs: Tensor) -> Tensor:
+        """Cosines and sines (L, B, N, H, R, 2) for coordinates (N, A) or (B, N, A)."""
+        theta = angles(coords, freqs)
+        return torch.stack((theta.cos(), theta.sin()), dim=-1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        def keep_precision(tensor: Tensor) -> Tensor:  # bfloat16 frequencies are off by a radian at 256 cells
+            moved = fn(tensor)
+            return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device)
+
+        return super()._apply(keep_precision, recurse)
+
+    def extra_repr(self) -> str:
+        layers, heads, axes, pairs = self.initial.shape
+        speeds = self.initial.norm(dim=2)
+        turning = speeds[speeds > 0]
+        periods = f"{2 * math.pi / turning.max():.3g} to {2 * math.pi / turning.min():.3g}" if len(turning) else "none"
+        kind = "learned from" if self.freqs is not None else "of"
+        return f"{pairs} {self.pairs} pairs on {axes} axes, {layers} layers x {heads} heads, {kind} periods {periods}"
+
+
+@register
+def axial(
+    layout: Layout,
+    base: float | tuple[float, ...] = 100.0,
+    share: Literal["equal", "rest", "first", "last"] | tuple[int, ...] = "equal",
+    pairs: Pairs = "interleaved",
+    fastest: float = 1.0,
+) -> Rotary:
+    """Each axis turns channel pairs of its own: of two axes, half the head by the row, half by the column.
+
+    The frequencies of an axis with P pairs are `fastest` * base^(-j/P), j = 0 … P - 1, in radians per unit; `base` may
+    be one for each axis. `share` deals out the head's channels: "equal" is the same for every axis and must divide;
+    "rest" leaves what does not divide un-rotated, at the end; "first" and "last" give it to that axis; a tuple such as
+    (16, 24, 24) gives each axis its own even number of channels, the rest staying un-rotated. Raises ValueError where
+    the head's channels cannot be dealt out so (arXiv:2403.13298, RoPE-Axial).
+    """
+    counts = _deal(layout, share)
+    bases = base if isinstance(base, tuple) else (base,) * layout.axes
+    if len(bases) != layout.axes:
+        raise ValueError(f"{len(bases)} bases for {layout.axes} axes; give one number, or one for each axis")
+    if min(bases) <= 0 or fastest <= 0:
+        raise ValueError(f"axial needs a positive base and fastest, got base {base} and fastest {fastest}")
+    freqs = torch.zeros(1, 1, layout.axes, sum(counts), dtype=torch.float64, device="cpu")
+    start = 0
+    for axis, (count, axis_base) in enumerate(zip(counts, bases, strict=True)):
+        freqs[..., axis, start : start + count] = fastest * geometric(count, axis_base)
+        start += count
+    return Rotary(freqs, pairs)
+
+
+def _deal(layout: Layout, share: str | tuple[int, ...]) -> list[int]:
+    """How many of a head's channel pairs each axis turns."""
+    head, axes = layout.head_dim, layout.axes
+    if isinstance(share, tuple):
+        if len(share) != axes:
+            raise ValueError(f"share {share} names {len(share)} axes, but the grid has {axes}")
+        if min(share) < 0 or any(n % 2 for n in share) or not 0 < sum(share) <= head:
+            raise ValueError(f"share {share} must be even numbers of channels that sum to at most head_dim {head}")
+        return [n // 2 for n in share]
+    _check_even(head)
+    each, left = divmod(head // 2, axes)
+    if each == 0:
+        raise ValueError(f"head_dim {head} is too small for {axes} axes: each axis needs at least one pair of channels, "
+                         f"so use a head_dim of {2 * axes} or more")
+    if left and share == "equal":
+        low, high = each * axes * 2, (each + 1) * axes * 2
+        raise ValueError(
+            f"head_dim {head} does not divide into equal pairs for {axes} axes; use a head_dim of {low} or {high}, "
+            f'or say what to do with the rest: share="rest", "first", "last" or a tuple of channels'
+        )
+    counts = [each] * axes
+    if share in ("first", "last"):
+        counts[0 if share == "first" else -1] += left
+    return counts
+
+
+def _check_even(head: int) -> None:
+    if head % 2:
+        raise ValueError(f"rotations turn pairs of channels, so head_dim must be even, got {head}; "
+                         f"use a width and a number of heads that give {head - 1} or {head + 1}")
+
+
+@register
+def mixed(
+    layout: Layout, base: float = 10.0, learned: bool = True, pairs: Pairs = "interleaved", fastest: float = 1.0
+) -> Rotary:
+    """Every pair turns along a direction of its own, for each layer and head, learned unless told otherwise.
+
+    Begins as RoPE-Mixed does (arXiv:2403.13298): a random rotation of the axes for each layer and head, an equal share
+    of the pairs along each rotated axis, and in each share speeds `fastest` * base^(-j/P), in radians per unit. With
+    learned=False the rotations are always the same ones. Raises ValueError for an odd head_dim or one too small.
+    """
+    _check_even(layout.head_dim)
+    count, axes = layout.head_dim // 2, layout.axes
+    if count < axes:
+        raise ValueError(f"head_dim {layout.head_dim} is too small for {axes} axes; use {2 * axes} or more")
+    if base <= 0 or fastest <= 0:
+        raise ValueError(f"mixed needs a positive base and fastest, got base {base} and fastest {fastest}")
+    generator = None if learned else torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(
+        layout.depth, layout.heads, axes, axes, dtype=torch.float64, device="cpu", generator=generator
+    )
+    rotations, triangle = torch.linalg.qr(noise)
+    rotations = rotations * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # else QR prefers some directions
+    rotations[..., -1] *= torch.linalg.det(rotations).sign()[..., None]  # a rotation, not a reflection
+    share = [count // axes + (axis < count % axes) for axis in range(axes)]
+    freqs = [rotations[..., [axis]] * geometric(n, base) for axis, n in enumerate(share)]
+    return Rotary(fastest * torch.cat(freqs, dim=-1), pairs, learned)
+
+
+@register
+class Flat(Rotary):
+    """One-dimensional RoPE over the flattened grid, at row * W + column (arXiv:2104.09864): a baseline.
+
+    It is relative in that number, but counts the last cell of a row and the first of the next as neighbours. W is that
+    of the grid which the tokens come from, or of the training grid for coordinates from no grid. Raises ValueError for
+    an odd head_dim.
+    """
+
+    def __init__(self, layout: Layout, base: float = 10000.0, pairs: Pairs = "interleaved") -> None:
+        _check_even(layout.head_dim)
+        if base <= 0:
+            raise ValueError(f"flat needs a positive base, got {base}")
+        super().__init__(geometric(layout.head_dim // 2, base)[None, None, None], pairs)
+        self.layout = layout
+
+    def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
+        keys = None if key_coords is None else self.layout.flatten(key_coords, grid)
+        return super().encode(self.layout.flatten(coords, grid), keys, grid)

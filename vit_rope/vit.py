@@ -1,0 +1,446 @@
+"""A timm VisionTransformer whose positions are a spec string: `timm.create_model("vit_rope_small_patch16_224", …)`.
+
+A position scheme is a function of coordinates. The model makes coordinates for its patches (or takes the caller's),
+asks the scheme once for an encoding, and hands that to every block. Images have two axes; `patch_size=(2, 16, 16)`
+makes the same model one of video (B, C, T, H, W), `patch_size=(16,)` one of signals (B, C, T).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.fx
+from timm.layers import Attention, PatchDropoutWithIndices, PatchEmbed
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import register_notrace_function, register_notrace_module
+from timm.models import vision_transformer as timm_vit
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from .attention import attend, attend_packed
+from .positions import Encoding, Layout, Position, build
+from .positions import coords as places
+from .positions.base import InPython, in_python
+from .positions.absolute import learned_vectors, sincos_vectors
+
+register_notrace_module(Position)
+for function in (attend, attend_packed, learned_vectors, sincos_vectors, places.take):
+    register_notrace_function(function)
+
+
+class RopeAttention(Attention):
+    """timm's Attention, its queries and keys placed by an encoding."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layer = 0  # the block says which
+        self.packed = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+
+    def forward(
+        self, x: Tensor, encoding: Encoding, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Tokens (B, N, C) to tokens (B, N, C)."""
+        gate = self.gate(x).sigmoid() if self.gate is not None else None
+        dropout = self.attn_drop.p if self.training else 0.0
+        qkv = self.qkv(x)
+        if self.packed:
+            x = attend_packed(
+                qkv, self.num_heads, encoding, self.layer, attn_mask, is_causal, dropout, self.fused_attn
+            )
+        else:
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k = self.q_norm(q), self.k_norm(k)
+            x = attend(q, k, v, encoding, self.layer, attn_mask, is_causal, dropout, self.fused_attn)
+        x = self.norm(x.transpose(1, 2).flatten(2))
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x))
+
+
+class RopeBlock(Block):
+    """timm's Block, which cannot be called without an encoding: no block ever runs without positions unnoticed."""
+
+    def __init__(self, *args: Any, depth: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, depth=depth, **kwargs | {"attn_layer": RopeAttention})
+        self.attn.layer = depth
+
+    def forward(
+        self, x: Tensor, encoding: Encoding, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Tokens (B, N, C) to tokens (B, N, C)."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), encoding, attn_mask, is_causal)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class PatchEmbedNd(nn.Module):
+    """Patches of a signal, video or volume (B, C, *sizes) to vectors (B, *grid, D), with the interface of timm's."""
+
+    def __init__(
+        self,
+        img_size: tuple[int, ...],
+        patch_size: tuple[int, ...],
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        norm_layer: type[nn.Module] | None = None,
+        strict_img_size: bool = True,
+        dynamic_img_pad: bool = False,
+        output_fmt: str = "NHWC",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.strict_img_size, self.dynamic_img_pad = patch_size, strict_img_size, dynamic_img_pad
+        self.set_input_size(img_size)
+        self.proj = nn.Linear(in_chans * math.prod(patch_size), embed_dim, bias=bias, device=device, dtype=dtype)
+        self.norm = norm_layer(embed_dim, device=device, dtype=dtype) if norm_layer else nn.Identity()
+
+    def set_input_size(self, img_size: Sequence[int] | None = None, patch_size: Sequence[int] | None = None) -> None:
+        """Expect another size; patches of another size are learned anew, so asking for them is a ValueError."""
+        if patch_size is not None and tuple(patch_size) != self.patch_size:
+            raise ValueError(f"patches of {self.patch_size} cannot be resized on {len(self.patch_size)} axes")
+        if img_size is not None:
+            self.img_size = tuple(img_size)
+            self.grid_size = self.dynamic_feat_size(self.img_size)
+            self.num_patches = math.prod(self.grid_size)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, ...]:
+        """How many input cells one output cell covers: the most along any axis, or each."""
+        return max(self.patch_size) if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size: Sequence[int]) -> tuple[int, ...]:
+        """The grid of an input of this size."""
+        up = self.patch_size if self.dynamic_img_pad else (1,) * len(self.patch_size)
+        return tuple((n + u - 1) // p for n, p, u in zip(img_size, self.patch_size, up, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dynamic_img_pad:
+            pads = [(-n) % p for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
+            x = nn.functional.pad(x, [side for pad in reversed(pads) for side in (0, pad)])
+        for axis, size in enumerate(self.patch_size):  # (B, C, a, b) to (B, C, a/p, p, b/q, q)
+            x = x.unflatten(2 + 2 * axis, (-1, size))
+        count = len(self.patch_size)
+        x = x.permute(0, *range(2, 2 + 2 * count, 2), 1, *range(3, 3 + 2 * count, 2)).flatten(1 + count)
+        return self.norm(self.proj(x))
+
+
+class Locate(InPython):
+    """Where the patches of images (B, C, *sizes) are: checks the images and makes, or checks, coordinates.
+
+    A module of its own so that tracers take it as one step and nothing in it becomes part of their graph.
+    """
+
+    def __init__(self, layout: Layout, channels: int, image: tuple[int, ...], patch: tuple[int, ...], pad: bool) -> None:
+        super().__init__()
+        self.axes, self.unit, self.origin = layout.axes, layout.unit, layout.origin
+        self.channels, self.patch, self.pad = channels, patch, pad
+        self.image: tuple[int, ...] | None = image  # None takes every size
+
+    @torch.jit.ignore
+    def forward(self, x: Tensor, coords: Tensor | None = None) -> tuple[Tensor, list[int] | None]:
+        """Coordinates of all patches, and the grid they come from; the caller's own `coords` come from none."""
+        self = in_python(self)
+        self.check_image(x)
+        up = self.patch if self.pad else (1,) * len(self.patch)
+        grid = [(n + u - 1) // p for n, p, u in zip(x.shape[2:], self.patch, up, strict=True)]
+        if coords is None:
+            return places.grid(grid, self.unit, self.origin, x.device), grid
+        coords = places.check(coords, self.axes, finite=not torch.compiler.is_compiling())
+        tokens, batch = math.prod(grid), x.shape[0]
+        if coords.shape[-2] != tokens or (coords.ndim == 3 and coords.shape[0] not in (1, batch)):
+            raise ValueError(
+                f"coordinates of shape {tuple(coords.shape)} do not place {batch} x {tokens} patches; "
+                f"expected ({tokens}, {self.axes}) or ({batch}, {tokens}, {self.axes})"
+            )
+        return coords.to(x.device), None
+
+    def check_image(self, x: Tensor) -> None:
+        """Raise ValueError for another number of axes or channels, or a size that the model does not take."""
+        if x.ndim != 2 + len(self.patch):
+            raise ValueError(f"expected images (batch, channels, {len(self.patch)} sizes), got shape {tuple(x.shape)}")
+        if x.shape[1] != self.channels:
+            raise ValueError(f"the model takes images of {self.channels} channels, got shape {tuple(x.shape)}")
+        sizes = tuple(x.shape[2:])
+        if self.image is not None and sizes != self.image:
+            raise ValueError(
+                f"the model takes images of {_by(self.image)}, got {_by(sizes)}; "
+                f"create it with dynamic_img_size=True or call model.set_input_size({sizes})"
+            )
+        if not self.pad and any(n % p for n, p in zip(sizes, self.patch, strict=True)):
+            raise ValueError(
+                f"images of {_by(sizes)} do not divide into patches of {_by(self.patch)}; "
+                f"crop or resize them, or create the model with dynamic_img_pad=True"
+            )
+
+
+register_notrace_module(Locate)
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return "×".join(str(n) for n in sizes)
+
+
+class RopeViT(VisionTransformer):
+    """timm's VisionTransformer with `position`, a spec of any registered scheme, in place of its learned table.
+
+    Takes every argument of timm's class but `attn_layer` and `block_fn`. `position_unit` and `position_origin` say how
+    patches get coordinates, as in `positions.coords.grid`; class and register tokens have no place. timm's own table
+    (`pos_embed="learn"`, which also has a row for the class token) is off unless asked for. `img_size` and `patch_size`
+    of one or three numbers make a model of signals or of video. Raises ValueError where a spec, a size or a head
+    dimension does not fit, before any weight is made.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 16,
+        in_chans: int = 3,
+        *,
+        position: str = "axial",
+        position_unit: str = "index",
+        position_origin: float | str | Sequence[float] = 0.0,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        pos_embed: str = "none",
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("attn_layer", "block_fn", "embed_layer"):
+            if name in kwargs:
+                raise TypeError(f"RopeViT chooses its own {name}; leave the option out")
+        axes = 2 if isinstance(patch_size, int) else len(patch_size)
+        patch = _sizes("patch_size", patch_size, axes)
+        image = _sizes("img_size", img_size, axes)
+        if not dynamic_img_pad and any(n % p for n, p in zip(image, patch, strict=True)):
+            raise ValueError(f"img_size {_by(image)} does not divide into patches of {_by(patch)}; "
+                             f"change one of them or give dynamic_img_pad=True")
+        origin = position_origin if isinstance(position_origin, (int, float, str)) else tuple(position_origin)
+        grid = tuple(-(-n // p) for n, p in zip(image, patch, strict=True))
+        layout = Layout(embed_dim, num_heads, grid, depth, position_unit, origin)
+        layout.coords()  # an origin that does not fit is found here
+        scheme = build(position, layout)
+        super().__init__(
+            image,
+            patch,
+            in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            pos_embed=pos_embed,
+            dynamic_img_size=dynamic_img_size,
+            dynamic_img_pad=dynamic_img_pad,
+            embed_layer=partial(PatchEmbed if axes == 2 else PatchEmbedNd, output_fmt="NHWC"),
+            block_fn=RopeBlock,
+            device=device,
+            **kwargs,
+        )
+        self.locate = Locate(layout, in_chans, image, patch, dynamic_img_pad)
+        if dynamic_img_size:
+            self.locate.image = None
+        self.position = scheme if device is None else scheme.to(device)
+        self.blocks = nn.ModuleList(self.blocks)  # a Sequential could be called, and would run without positions
+        rate = kwargs.get("patch_drop_rate", 0.0)
+        self.patch_drop = PatchDropoutWithIndices(rate, self.num_prefix_tokens) if rate > 0 else None
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone: timm's, and all that a position scheme learns."""
+        return super().no_weight_decay() | {f"position.{name}" for name, _ in self.position.named_parameters()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups for layer decay, positions learning as slowly as the patch embedding."""
+        groups = super().group_matcher(coarse)
+        return groups | {"stem": groups["stem"] + "|^position"}
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Expect images (and patches) of another size; positions follow by themselves."""
+        super().set_input_size(img_size, patch_size)
+        self.locate.patch = tuple(self.patch_embed.patch_size)
+        self.locate.image = None if self.dynamic_img_size else tuple(self.patch_embed.img_size)
+
+    def _embed(self, x: Tensor, coords: Tensor | None) -> tuple[Tensor, Encoding]:
+        """Images to tokens (B, prefix + N, C), and the encoding of their places."""
+        located = self.locate(x, coords)  # by index, for FX cannot unpack it
+        where, grid = located[0], located[1]
+        x = self.patch_embed(x)
+        shape = x.shape
+        x = self.position.embed(x.flatten(1, -2), where, grid)
+        x = self._pos_embed(x.view(shape) if self.dynamic_img_size else x)
+        if self.pos_embed is None:
+            x = self.pos_drop(x)
+        if self.patch_drop is not None:
+            x, keep = self.patch_drop(x)
+            if keep is not None:
+                where = places.take(where, keep)
+        return self.norm_pre(x), self.position(where, self.num_prefix_tokens, None, None, grid)
+
+    def forward_features(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        coords: Tensor | None = None,
+    ) -> Tensor:
+        """Images (B, C, *sizes) to tokens (B, prefix + N, C), at the caller's `coords` (N, A) or (B, N, A) if given."""
+        x, encoding = self._embed(x, coords)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, encoding, attn_mask, is_causal)
+            else:
+                x = block(x, encoding, attn_mask, is_causal)
+        return self.norm(x)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        coords: Tensor | None = None,
+    ) -> Tensor:
+        """Images (B, C, *sizes) to logits (B, classes), at the caller's `coords` (N, A) or (B, N, A) if given."""
+        return self.forward_head(self.forward_features(x, attn_mask, is_causal, coords))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        coords: Tensor | None = None,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Any]:
+        """timm's intermediates: maps (B, C, *grid) or tokens (B, N, C) after chosen blocks, with the final tokens."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is NCHW or NLC, got {output_fmt!r}")
+        if output_fmt == "NCHW" and self.training and self.patch_drop is not None:
+            raise ValueError("dropped patches leave no map; use output_fmt='NLC', eval mode or patch_drop_rate=0")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        sizes = self.patch_embed.dynamic_feat_size(x.shape[2:])
+        x, encoding = self._embed(x, coords)
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a list of modules
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[: last + 1]
+        taken: list[Tensor] = []
+        for i, block in enumerate(blocks):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, encoding, attn_mask, is_causal)
+            else:
+                x = block(x, encoding, attn_mask, is_causal)
+            if i in take:
+                taken.append(self.norm(x) if norm else x)
+        prefix = [tokens[:, : self.num_prefix_tokens] for tokens in taken]
+        maps = [tokens[:, self.num_prefix_tokens :] for tokens in taken]
+        if output_fmt == "NCHW":
+            maps = [tokens.transpose(1, 2).unflatten(2, sizes).contiguous() for tokens in maps]
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": maps}
+            if return_prefix_tokens and self.num_prefix_tokens:
+                result["image_intermediates_prefix"] = prefix
+            if not intermediates_only:
+                result["image_features"] = self.norm(x)
+            return result
+        if not torch.jit.is_scripting() and return_prefix_tokens and self.num_prefix_tokens:
+            maps = list(zip(maps, prefix, strict=True))
+        if intermediates_only:
+            return maps
+        return self.norm(x), maps
+
+
+def _sizes(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    sizes = (value,) * axes if isinstance(value, int) else tuple(value)
+    if len(sizes) != axes or any(not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"{name} must be a positive whole number or {axes} of them (one for each axis), got {value!r}")
+    return sizes
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: RopeViT) -> dict[str, Tensor]:
+    """timm's checkpoint filter, which fits patch kernels and timm's own table to the model's sizes."""
+    if isinstance(model.patch_embed, PatchEmbedNd):
+        return state_dict
+    return timm_vit.checkpoint_filter_fn(state_dict, model)
+
+
+def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": None,
+        "fixed_input_size": True,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "mit",
+    } | kwargs
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_rope_test_patch16_64": _cfg(64),
+        "vit_rope_tiny_patch16_224": _cfg(),
+        "vit_rope_small_patch16_224": _cfg(),
+        "vit_rope_base_patch16_224": _cfg(),
+        "vit_rope_large_patch16_224": _cfg(),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> RopeViT:
+    return build_model_with_cfg(
+        RopeViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **defaults | kwargs,
+    )
+
+
+@register_model
+def vit_rope_test_patch16_64(pretrained: bool = False, **kwargs: Any) -> RopeViT:
+    """A very small model on 64 × 64 images, for tests."""
+    size = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    return _create("vit_rope_test_patch16_64", pretrained, size, kwargs)
+
+
+@register_model
+def vit_rope_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
+    """ViT-Ti/16 (arXiv:2012.12877) with positions by spec."""
+    size = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _create("vit_rope_tiny_patch16_224", pretrained, size, kwargs)
+
+
+@register_model
+def vit_rope_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
+    """ViT-S/16 (arXiv:2012.12877) with positions by spec."""
+    size = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _create("vit_rope_small_patch16_224", pretrained, size, kwargs)
+
+
+@register_model
+def vit_rope_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
+    """ViT-B/16 (arXiv:2010.11929) with positions by spec."""
+    size = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _create("vit_rope_base_patch16_224", pretrained, size, kwargs)
+
+
+@register_model
+def vit_rope_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
+    """ViT-L/16 (arXiv:2010.11929) with positions by spec."""
+    size = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
+    return _create("vit_rope_large_patch16_224", pretrained, size, kwargs)
