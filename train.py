@@ -1,0 +1,10 @@
+"""Train, validate and test from YAML: `python train.py fit --config configs/digits_vit.yaml`.
+
+Everything can be set on the command line too, such as `--model.model_args.position "mixed + learned"`;
+`python train.py fit --help` lists it.
+"""
+
+from vit_rope.training.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""What happens around the steps: an average of the weights, checkpoints to go on from, and a line of progress."""
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from torch import Tensor
+
+
+class EMA(Callback):
+    """Validate and export an exponential moving average of the weights, d_n = min(decay, (1 + n) / (10 + n)) at step n.
+
+    The growing decay lets short runs use a long average. A checkpoint's `state_dict` is the average, so that whoever
+    loads it gets the better weights; those in training lie beside it, for resuming. Buffers are not averaged.
+
+    Args:
+        decay: the highest decay; 0 switches the average off
+    """
+
+    def __init__(self, decay: float = 0.0):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema.decay must be at least 0 (off) and below 1, got {decay}")
+        self.decay, self.updates = decay, 0
+        self.average: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.decay:
+            restored = self.average
+            self.average = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+            for name, value in restored.items():
+                self.average[name].copy_(value)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.decay and trainer.global_step > self.updates:  # an optimizer step ends only some of accumulated batches
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            self.updates = trainer.global_step
+            with torch.no_grad():
+                average, current = list(self.average.values()), [p.detach() for p in pl_module.parameters()]
+                torch._foreach_lerp_(average, current, 1 - decay)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.average:
+            state = checkpoint["state_dict"]
+            checkpoint["weights_in_training"] = {name: state[name] for name in self.average}
+            checkpoint["state_dict"] = {**state, **self.average}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint.get("weights_in_training")
+        if weights is not None and trainer.state.fn == "fit":
+            self.average = {name: checkpoint["state_dict"][name].clone() for name in weights} if self.decay else {}
+            pl_module.load_state_dict({**checkpoint["state_dict"], **weights})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates = state_dict["updates"]
+
+    @torch.no_grad()
+    def _swap(self, pl_module: LightningModule) -> None:
+        if self.updates:  # before the first update the average is only where the weights began
+            for name, parameter in pl_module.named_parameters():
+                if name in self.average:
+                    kept = parameter.detach().clone()
+                    parameter.copy_(self.average[name])
+                    self.average[name].copy_(kept)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """checkpoints/last.ckpt after every epoch; ModelCheckpoint's own `save_last` stays behind with the best one."""
+
+    def __init__(self, out: str):
+        super().__init__(Path(out, "checkpoints"), "last", enable_version_counter=False, save_on_train_epoch_end=True)
+
+
+class ProgressLine(ProgressBar):
+    """One bar for the whole run on a terminal, one line an epoch elsewhere: loss, accuracy, images/s, time left.
+
+    Logs `train/images_per_s` of each epoch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        self.on = True
+        self.shown: dict[str, float] = {}
+        self.total: int | None = None
+        self.batches, self.images, self.started, self.epoch_started = 0, 0, 0.0, 0.0
+        self.recent: deque[tuple[float, int]] = deque(maxlen=50)
+
+    def enable(self) -> None:
+        self.on = True
+
+    def disable(self) -> None:
+        self.on = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = time.monotonic()
+        parameters = sum(p.numel() for p in pl_module.parameters()) / 1e6
+        if self.on:
+            name = getattr(pl_module, "name", type(pl_module).__name__)
+            steps = trainer.num_training_batches
+            text = f"{name}: {parameters:.2f} M parameters on {pl_module.device}, {steps} batches an epoch"
+            self.console.print(text, highlight=False, soft_wrap=True)
+        steps = trainer.estimated_stepping_batches
+        if steps != float("inf"):
+            self.total = max(1, (int(steps) - trainer.global_step) * trainer.accumulate_grad_batches)
+        self._open(self.total)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.images, self.epoch_started = 0, time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        size = len(batch[0] if isinstance(batch, (list, tuple)) else batch) * trainer.world_size
+        self.batches, self.images = self.batches + 1, self.images + size
+        self.recent.append((time.monotonic(), size))
+        if self.bar is not None and self.batches % 5 == 0:
+            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+            self.shown["loss"] = float(loss)
+            (then, skipped), (now, _) = self.recent[0], self.recent[-1]
+            speed = (sum(n for _, n in self.recent) - skipped) / max(now - then, 1e-9)
+            self.bar.update(self.task, completed=self.batches, text=self._text(trainer, speed))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # the clock still runs over validation, so that the time left is honest; the speed is the training's alone
+        speed = self.images / max(self.recent[-1][0] - self.epoch_started, 1e-9) if self.recent else 0.0
+        pl_module.log("train/images_per_s", speed)
+        for name in ("train/loss", "val/loss", "val/acc"):
+            if name in trainer.callback_metrics:
+                self.shown[name.replace("train/", "")] = float(trainer.callback_metrics[name])
+        text = self._text(trainer, speed)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.batches, text=text)
+        elif self.on:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.bar is None:
+            return
+        total = trainer.num_val_batches if trainer.state.fn == "validate" else trainer.num_test_batches
+        if trainer.state.fn == "fit":
+            self.bar.update(self.task, text=f"validating, batch {batch_idx + 1}")
+        else:
+            self.bar.update(self.task, completed=batch_idx + 1, total=sum(total), text="")
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._open(None)
+
+    on_test_start = on_validation_start
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._close()
+
+    on_test_end = on_validation_end
+
+    def _open(self, total: int | None) -> None:
+        if self.on and self.console.is_terminal:
+            columns = (BarColumn(20), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(*columns, console=self.console, refresh_per_second=4)
+            self.task = self.bar.add_task("", total=total, text="starting")
+            self.bar.start()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def _text(self, trainer: Trainer, speed: float) -> str:
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in self.shown.items())
+        last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        text = f"epoch {trainer.current_epoch + 1}{last}  {numbers}  {speed:,.0f} images/s"
+        if self.total and self.batches:
+            left = (time.monotonic() - self.started) / self.batches * max(0, self.total - self.batches)
+            text += f"  {_clock(left)} left"
+        return text
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,136 @@
+"""Checkpoints as files that came from somewhere: found by a word, read without running code, checked before use.
+
+A checkpoint carries the configuration of its run, so that `validate --ckpt_path FILE` needs nothing else. That
+configuration may name only the classes of `TRUSTED`, for a checkpoint may have been downloaded.
+"""
+
+import logging
+import pickle
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+CONFIG_KEYS = ("out", "seed_everything", "model", "data", "trainer", "checkpoint", "ema")
+TRUSTED = (
+    "vit_rope.",
+    "torchvision.transforms.v2.",
+    "lightning.pytorch.loggers.",
+    "lightning.pytorch.callbacks.EarlyStopping",
+    "lightning.pytorch.callbacks.LearningRateMonitor",
+    "lightning.pytorch.callbacks.RichModelSummary",
+    "lightning.pytorch.callbacks.ModelSummary",
+    "lightning.pytorch.callbacks.Timer",
+)
+UNTRUSTED = ("torchvision.transforms.v2.Lambda",)  # calls whatever it is given
+
+log = logging.getLogger(__name__)
+
+
+def find(ckpt_path: str, out: str, default: str) -> Path:
+    """The file meant by a path, a run folder (its `default` checkpoint), or `best` or `last` (of the run in `out`)."""
+    path = Path(ckpt_path)
+    if ckpt_path in ("best", "last") and not path.exists():
+        path = Path(out, "checkpoints", f"{ckpt_path}.ckpt")
+    elif path.is_dir():
+        path = path / "checkpoints" / f"{default}.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path} for --ckpt_path {ckpt_path}; leave it out to start afresh")
+    return path
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint or safetensors file as a dictionary, on the CPU; a file that holds code is refused, unexecuted."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        message = f"{path} was not loaded: it holds more than tensors and plain values, and could run code"
+        raise ValueError(message) from error
+    except (RuntimeError, EOFError, OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is no checkpoint, or damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def embedded_config(checkpoint: Mapping[str, Any], path: str | Path, modules: list[str]) -> str:
+    """The configuration inside a checkpoint, as YAML; `modules` are further ones whose classes it may name."""
+    if "config" not in checkpoint:
+        raise ValueError(f"{path} carries no configuration; give --config too")
+    config = yaml.safe_load(checkpoint["config"])
+    for name in _class_paths(config):
+        allowed = name.startswith((*TRUSTED, *(f"{module}." for module in modules)))
+        if not allowed or name.startswith(UNTRUSTED):
+            raise ValueError(f"{path} asks for the class {name}; give --config if you trust it")
+    return yaml.safe_dump({key: value for key, value in config.items() if key in CONFIG_KEYS}, sort_keys=False)
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Raise a ValueError that lists what is missing, unexpected or of another shape in `state` for this module."""
+    wanted = module.state_dict()
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    lists = {
+        "missing": [key for key in wanted if key not in state],
+        "unexpected": [key for key in state if key not in wanted],
+        "of another shape": shapes,
+    }
+    faults = [f"{what}: {_some(keys)}" for what, keys in lists.items() if keys]
+    if faults:
+        raise ValueError(f"the weights are those of another model than {name}: {'; '.join(faults)}")
+
+
+def load_weights(model: nn.Module, path: str, name: str) -> None:
+    """Start a timm model from the weights in a checkpoint of ours or timm's, or a safetensors file.
+
+    A classifier for another number of classes is left as it is; anything else that does not fit is a ValueError.
+    """
+    content = read(path)
+    key = next((key for key in ("state_dict_ema", "model_ema", "state_dict", "model") if key in content), None)
+    state = content if key is None else content[key]
+    for prefix in ("module.", "model."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's custom in every file
+    if convert is not None:
+        state = convert(state, model)
+    own = model.state_dict()
+    heads = _classifiers(model)
+    other = [k for k in state if k in own and k.startswith(heads) and state[k].shape != own[k].shape]
+    if other:
+        log.info("%s has a classifier for other classes: %s starts anew", path, ", ".join(other))
+        state = state | {k: own[k] for k in other}
+    check_fit(model, state, name)
+    model.load_state_dict(state)
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    names = getattr(model, "default_cfg", {}).get("classifier", "head")
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def _class_paths(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        if "class_path" in node:
+            yield str(node["class_path"])
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _class_paths(child)
+
+
+def _some(keys: list[str], most: int = 4) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

@@ -1,0 +1,174 @@
+"""Train any timm model to tell classes apart."""
+
+import json
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+from lightning.pytorch import LightningModule
+from safetensors.torch import save_file
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vit_rope  # noqa: F401 - registers its models with timm
+
+from .checkpoints import check_fit, load_weights
+from .optim import OptimConfig, ScheduleConfig, make_optimizer, make_schedule
+
+OPTIM, SCHEDULE = OptimConfig(), ScheduleConfig()
+
+
+class Classification(LightningModule):
+    """A timm model, how it learns and how it is scored: logs `train/loss`, `val/loss`, `val/acc`, `test/acc`.
+
+    Args:
+        model: any timm model name; a position scheme goes into `model_args`, as for `timm.create_model`
+        model_args: keyword arguments of `timm.create_model`, such as {position: "axial(base=100)", depth: 6}
+        num_classes: from the data, as are `in_chans` and `img_size`
+        in_chans: channels of an image
+        img_size: pixels along a side of an image
+        weights: a file to start from: exported or timm's safetensors, or a checkpoint (fine-tuning)
+        mixup: alpha of mixup (arXiv:1710.09412); 0 is off
+        cutmix: alpha of CutMix (arXiv:1905.04899); 0 is off
+        label_smoothing: share of the target that is spread over all classes
+        loss: cross entropy, or a binary one for each class (as DeiT III, arXiv:2204.07118)
+        compile: run the model through torch.compile
+        optim: optimizer, learning rate, weight and layer decay
+        schedule: warm-up and course of the learning rate
+    """
+
+    def __init__(
+        self,
+        model: str,
+        model_args: dict[str, Any] | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int = 224,
+        weights: str = "",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        label_smoothing: float = 0.0,
+        loss: Literal["cross_entropy", "binary"] = "cross_entropy",
+        compile: bool = False,
+        optim: OptimConfig = OPTIM,
+        schedule: ScheduleConfig = SCHEDULE,
+    ):
+        super().__init__()
+        if min(mixup, cutmix, label_smoothing) < 0 or label_smoothing >= 1:
+            raise ValueError(
+                "Classification wants mixup >= 0, cutmix >= 0 and 0 <= label_smoothing < 1, "
+                f"got {mixup}, {cutmix} and {label_smoothing}"
+            )
+        if loss == "binary" and label_smoothing:
+            raise ValueError("the binary loss counts each class of a target as present, so label_smoothing must be 0")
+        if num_classes < 2:
+            raise ValueError(f"Classification needs at least 2 classes to tell apart, the data have {num_classes}")
+        self.name, self.binary, self.label_smoothing = model, loss == "binary", label_smoothing
+        self.optim, self.schedule = optim, schedule
+        self.model, self.model_args = create(model, model_args or {}, num_classes, in_chans, img_size)
+        self.img_size = self.model_args.get("img_size", img_size)
+        if weights:
+            load_weights(self.model, weights, model)
+        self.mixup = None
+        if mixup or cutmix:
+            self.mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+        if compile:
+            self.model.compile()  # in place: the names in checkpoints stay
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, in_chans, H, W)."""
+        return self.model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = self._check(batch)
+        if self.mixup is not None and len(images) % 2 == 0:
+            images, targets = self.mixup(images, labels)
+        else:  # timm's Mixup mixes each image with its opposite, so an odd batch stays unmixed
+            targets = mixup_target(labels, self.model_args["num_classes"], smoothing=self.label_smoothing)
+        logits = self(images).float()
+        if self.binary:
+            loss = F.binary_cross_entropy_with_logits(logits, targets.gt(0.0).float())
+        else:
+            loss = F.cross_entropy(logits, targets)
+        rate = max(group["lr"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
+        self.log_dict({"train/loss": loss, "train/lr": rate})
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._score(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._score(batch, "test")
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.model, self.optim)
+        schedule = make_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches, self.optim.lr)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        if strict:
+            check_fit(self, state_dict, self.name)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def export(self, folder: Path, state_dict: dict[str, Tensor], extra: dict[str, Any]) -> Path:
+        """Write model.safetensors and config.json, for timm's `create_model("local-dir:FOLDER", pretrained=True)`.
+
+        `state_dict` is that of this module, `extra` goes into the `pretrained_cfg` (such as the images' mean and std).
+        """
+        weights = {k.removeprefix("model."): v.contiguous() for k, v in state_dict.items() if k.startswith("model.")}
+        sides = [self.img_size] * 2 if isinstance(self.img_size, int) else list(self.img_size)
+        known: dict[str, Any] = getattr(self.model, "default_cfg", {})
+        facts = {key: known[key] for key in ("classifier", "first_conv") if key in known}
+        facts |= {"num_classes": self.model_args["num_classes"], "input_size": [self.model_args["in_chans"], *sides]}
+        config = {"architecture": self.name, "model_args": self.model_args, "pretrained_cfg": facts | extra}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(weights, folder / "model.tmp", metadata={"format": "pt"})
+        os.replace(folder / "model.tmp", folder / "model.safetensors")  # whole or not at all
+        return folder / "model.safetensors"
+
+    def _check(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        wanted = self.model_args["in_chans"]
+        if images.shape[1] != wanted:
+            raise ValueError(f"{self.name} was built for images of {wanted} channels, the data have {images.shape[1]}")
+        return images, labels
+
+    def _score(self, batch: tuple[Tensor, Tensor], split: str) -> None:
+        images, labels = self._check(batch)
+        logits = self(images).float()
+        scores = {
+            f"{split}/loss": F.cross_entropy(logits, labels),
+            f"{split}/acc": (logits.argmax(dim=1) == labels).float().mean(),
+        }
+        self.log_dict(scores, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+
+
+def create(
+    name: str, args: dict[str, Any], num_classes: int, in_chans: int, img_size: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A timm model for this data, and all the arguments it was made with."""
+    check_name(name)
+    given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+    for key in ("num_classes", "in_chans"):
+        if args.get(key, given[key]) != given[key]:
+            raise ValueError(f"model_args give {key} {args[key]}, but the data have {given[key]}; leave it out")
+    args = given | args
+    try:
+        return timm.create_model(name, **args), args
+    except TypeError as error:
+        if "'img_size'" not in str(error):
+            raise TypeError(f"{name} with {args}: {error}") from error
+    del args["img_size"]  # a convolutional network, which takes images of any size
+    return timm.create_model(name, **args), args
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError with the nearest names where timm knows no such model."""
+    if ":" not in name and not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=3) or timm.list_models("vit_rope*")
+        raise ValueError(f"timm knows no model {name!r}; did you mean {', '.join(near)}?")

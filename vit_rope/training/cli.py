@@ -1,0 +1,218 @@
+"""The command line: fit, validate and test, from a YAML, from a checkpoint alone, or from both."""
+
+import importlib
+import logging
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from . import checkpoints
+from .callbacks import EMA, LastCheckpoint, ProgressLine
+from .classification import Classification, check_name
+from .data import CIFAR, Digits, FashionMNIST
+from .folder import ImageFolder
+from .logger import MetricsLogger
+from .run import RunFolder, occupied
+
+CLASSES = (Classification, Digits, FashionMNIST, CIFAR, ImageFolder)  # imported, and so known by their short names
+
+
+class CLI(LightningCLI):
+    """LightningCLI with one folder a run, a configuration inside each checkpoint, and the command line above both."""
+
+    def __init__(self, args: list[str], modules: list[str]):
+        self.modules = modules
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=RunFolder,
+            trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False, "use_distributed_sampler": False},
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        evaluate = {"model", "dataloaders", "datamodule", "weights_only", "verbose"}
+        fit = {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
+        return {"fit": fit, "validate": evaluate, "test": evaluate}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", type=str, default="runs/run", help="The folder that keeps the run.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/acc",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.link_arguments("out", "checkpoint.dirpath", compute_fn=_checkpoints)
+        for fact in ("num_classes", "in_chans", "img_size"):
+            parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run that `out` holds.")
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(with_checkpoint(args, self.modules))
+
+    def _parse_ckpt_path(self) -> None:
+        """Find and check the checkpoint; unlike Lightning's, leave settings as YAML and command line have them."""
+        config = self.config[self.config.subcommand]
+        if config.ckpt_path:
+            default = "last" if self.config.subcommand == "fit" else "best"
+            path = checkpoints.find(config.ckpt_path, config.out, default)
+            checkpoints.read(path)
+            config.ckpt_path = str(path)
+            config.model.get("init_args", {}).pop("weights", None)  # the checkpoint's are later ones
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[str(self.subcommand)]
+        if issubclass(_class(config.model.class_path), Classification):
+            check_name(config.model.init_args.model)
+        if self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
+            check_free(Path(config.out), config.ckpt_path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        given: Any = self.config_init[str(self.subcommand)]
+        config, out = given["trainer"], given["out"]
+        if config.logger is not False:
+            asked = [] if config.logger in (None, True) else config.logger
+            loggers = asked if isinstance(asked, list) else [asked]
+            kwargs["logger"] = [MetricsLogger(out, str(self.subcommand)), *loggers]
+        callbacks: list[Callback] = [LastCheckpoint(out)]
+        if config.enable_progress_bar is not False:
+            callbacks.append(ProgressLine())
+        self.trainer_defaults["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        return kwargs if subcommand == "fit" else kwargs | {"verbose": False}
+
+    def after_validate(self) -> None:
+        say_scores(self.trainer)
+
+    def after_test(self) -> None:
+        say_scores(self.trainer)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command such as `fit --config configs/digits_vit.yaml`; the arguments are the process's unless given.
+
+    `--import MODULE` imports a module first, so that position schemes and classes of the user's own are known.
+    """
+    with warnings.catch_warnings():
+        quieten()
+        argv = list(sys.argv[1:] if args is None else args)
+        try:
+            CLI(*take_imports(argv))
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            raiser = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+            if args is not None or not raiser.is_relative_to(Path(__file__).parents[1]):
+                raise
+            sys.exit(f"error: {error}")  # a message of this library tells the user all; a traceback would hide it
+
+
+def take_imports(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--import MODULE`, and those modules, imported."""
+    modules, rest = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument.split("=")[0] == "--import":
+            name = argument.partition("=")[2] or next(arguments, "")
+            sys.path.insert(0, str(Path.cwd()))
+            try:
+                importlib.import_module(name)
+            except (ImportError, ValueError) as error:
+                raise ValueError(f"--import {name}: {error}") from error
+            finally:
+                sys.path.pop(0)
+            modules.append(name)
+        else:
+            rest.append(argument)
+    return rest, modules
+
+
+def with_checkpoint(argv: list[str], modules: list[str]) -> list[str]:
+    """The arguments, with the configuration inside `--ckpt_path` in front where no `--config` is given."""
+    ckpt_path = _value(argv, "--ckpt_path")
+    if not argv or not ckpt_path or any(argument.split("=")[0] in ("-c", "--config") for argument in argv):
+        return argv
+    out = _value(argv, "--out") or "runs/run"
+    path = checkpoints.find(ckpt_path, out, "last" if argv[0] == "fit" else "best")
+    config = checkpoints.embedded_config(checkpoints.read(path), path, modules)
+    moved = ["--out", str(path.parents[1])] if path.parent.name == "checkpoints" else []
+    return [argv[0], "--config", config, *moved, *argv[1:]]
+
+
+def check_free(out: Path, ckpt_path: str | None) -> None:
+    """Raise a ValueError where `out` holds a run that this one does not go on with (the first process looks)."""
+    resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(out.resolve())
+    if getattr(rank_zero_only, "rank", 0) == 0 and not resumes and (found := occupied(out)):
+        raise ValueError(
+            f"{out} already holds a run ({', '.join(found)}): go on with --ckpt_path last, "
+            "replace it with --overwrite true, or choose another --out"
+        )
+
+
+@rank_zero_only
+def say_scores(trainer: Any) -> None:
+    """Print the scores of validate or test, the accuracy last."""
+    for name, value in sorted(trainer.callback_metrics.items(), key=lambda item: item[0].endswith("/acc")):
+        print(f"{name} {float(value):.4f}", flush=True)
+
+
+def quieten() -> None:
+    """Drop what Lightning and torch say at every run and no user of ours can act on."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_worth_saying)
+    for message in (
+        r".*does not have many workers",  # sets in memory are fastest without
+        r".*isinstance\(treespec, LeafSpec\)",
+        r"The number of training batches \(\d+\) is smaller than the logging interval",
+        r"The dirpath has changed from",  # the folder was moved
+        r"Checkpoint directory .* exists and is not empty",  # a resumed run, or checked by us
+        r"Found .* module\(s\) in eval mode",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(("💡", "TPU available", "HPU available"))
+
+
+def _value(argv: list[str], option: str) -> str | None:
+    value = None
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if argument == option:
+            value = following
+        elif argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _checkpoints(out: str) -> str:
+    return str(Path(out, "checkpoints"))
+
+
+def _class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

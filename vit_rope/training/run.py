@@ -1,0 +1,107 @@
+"""The folder that keeps a run: config.yaml, metrics.jsonl, checkpoints/, and at the end exported/ and summary.json."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from . import checkpoints
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "exported", "samples")
+
+
+class RunFolder(SaveConfigCallback):
+    """Write the configuration down, also into each checkpoint; at the end export the best one and say how it went."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.started = time.monotonic()
+        if stage == "fit" and trainer.is_global_zero:
+            folder = Path(self.config.out)
+            if self.config.overwrite:
+                clear(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder / "config.yaml", self._dump())
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self._dump()
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        seconds = time.monotonic() - self.started
+        best, folder = trainer.checkpoint_callback, Path(self.config.out)
+        path = Path(getattr(best, "best_model_path", "") or folder / "checkpoints" / "last.ckpt")
+        if not isinstance(best, ModelCheckpoint) or not path.is_file():
+            return
+        checkpoint = checkpoints.read(path)
+        pixels = {key: getattr(getattr(trainer, "datamodule", None), key, None) for key in ("mean", "std")}
+        pixels = {key: _three(value) for key, value in pixels.items() if value is not None}
+        exported = pl_module.export(folder / "exported", checkpoint["state_dict"], pixels)
+        monitor = str(best.monitor)
+        summary: dict[str, Any] = {
+            monitor: None if best.best_model_score is None else round(float(best.best_model_score), 6),
+            "epoch": checkpoint["epoch"] + 1,
+            "checkpoint": str(path),
+            "exported": str(exported),
+            "seconds": round(seconds, 1),
+            "last": {key: round(float(value), 6) for key, value in trainer.callback_metrics.items()},
+        }
+        write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        report(summary, monitor, folder)
+
+    def _dump(self) -> str:
+        return self.parser.dump(self.config, skip_none=False)
+
+
+def report(summary: dict[str, Any], monitor: str, folder: Path) -> None:
+    """Print what a run reached and where everything lies; the last line is the score alone."""
+    table = Table(show_header=False, title=str(folder), title_justify="left")
+    last = summary["last"].get(monitor)
+    rows = {
+        f"best {monitor}": f"{_score(summary[monitor])} (epoch {summary['epoch']})",
+        f"last {monitor}": _score(last),
+        "time": f"{summary['seconds']:.0f} s",
+        "best checkpoint": summary["checkpoint"],
+        "to go on from": str(folder / "checkpoints" / "last.ckpt"),
+        "weights for timm": summary["exported"],
+        "all numbers": str(folder / "metrics.jsonl"),
+    }
+    for key, value in rows.items():
+        table.add_row(key, value, end_section=key == "time")
+    Console(soft_wrap=True).print(table)
+    print(f"{monitor} {_score(summary[monitor])}", flush=True)
+
+
+def occupied(folder: Path) -> list[str]:
+    """What an earlier run left in a folder."""
+    return [name for name in RUN_FILES if (folder / name).exists()]
+
+
+def clear(folder: Path) -> None:
+    """Remove a run from its folder, and nothing else that lies there."""
+    for name in occupied(folder):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def _score(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _three(value: Any) -> list[float]:
+    return list(value) if isinstance(value, (list, tuple)) else [value] * 3
