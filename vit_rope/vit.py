@@ -8,13 +8,19 @@ makes the same model one of video (B, C, T, H, W), `patch_size=(16,)` one of sig
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
 from timm.layers import Attention, PatchDropoutWithIndices, PatchEmbed
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models import register_notrace_function, register_notrace_module
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
 from timm.models import vision_transformer as timm_vit
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -23,8 +29,8 @@ from torch import Tensor, nn
 from .attention import attend, attend_packed
 from .positions import Encoding, Layout, Position, build
 from .positions import coords as places
-from .positions.base import InPython, in_python
 from .positions.absolute import learned_vectors, sincos_vectors
+from .positions.base import InPython, in_python
 
 register_notrace_module(Position)
 for function in (attend, attend_packed, learned_vectors, sincos_vectors, places.take):
@@ -39,7 +45,7 @@ class RopeAttention(Attention):
         self.layer = 0  # the block says which
         self.packed = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
 
-    def forward(
+    def forward(  # pyrefly: ignore[bad-override]  an encoding is required on purpose
         self, x: Tensor, encoding: Encoding, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Tokens (B, N, C) to tokens (B, N, C)."""
@@ -47,9 +53,7 @@ class RopeAttention(Attention):
         dropout = self.attn_drop.p if self.training else 0.0
         qkv = self.qkv(x)
         if self.packed:
-            x = attend_packed(
-                qkv, self.num_heads, encoding, self.layer, attn_mask, is_causal, dropout, self.fused_attn
-            )
+            x = attend_packed(qkv, self.num_heads, encoding, self.layer, attn_mask, is_causal, dropout, self.fused_attn)
         else:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
             q, k = self.q_norm(q), self.k_norm(k)
@@ -65,9 +69,9 @@ class RopeBlock(Block):
 
     def __init__(self, *args: Any, depth: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, depth=depth, **kwargs | {"attn_layer": RopeAttention})
-        self.attn.layer = depth
+        cast(RopeAttention, self.attn).layer = depth
 
-    def forward(
+    def forward(  # pyrefly: ignore[bad-override]  an encoding is required on purpose
         self, x: Tensor, encoding: Encoding, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Tokens (B, N, C) to tokens (B, N, C)."""
@@ -133,7 +137,9 @@ class Locate(InPython):
     A module of its own so that tracers take it as one step and nothing in it becomes part of their graph.
     """
 
-    def __init__(self, layout: Layout, channels: int, image: tuple[int, ...], patch: tuple[int, ...], pad: bool) -> None:
+    def __init__(
+        self, layout: Layout, channels: int, image: tuple[int, ...], patch: tuple[int, ...], pad: bool
+    ) -> None:
         super().__init__()
         self.axes, self.unit, self.origin = layout.axes, layout.unit, layout.origin
         self.channels, self.patch, self.pad = channels, patch, pad
@@ -180,7 +186,7 @@ register_notrace_module(Locate)
 
 
 def _by(sizes: Sequence[int]) -> str:
-    return "×".join(str(n) for n in sizes)
+    return " x ".join(str(n) for n in sizes)
 
 
 class RopeViT(VisionTransformer):
@@ -218,16 +224,18 @@ class RopeViT(VisionTransformer):
         patch = _sizes("patch_size", patch_size, axes)
         image = _sizes("img_size", img_size, axes)
         if not dynamic_img_pad and any(n % p for n, p in zip(image, patch, strict=True)):
-            raise ValueError(f"img_size {_by(image)} does not divide into patches of {_by(patch)}; "
-                             f"change one of them or give dynamic_img_pad=True")
+            raise ValueError(
+                f"img_size {_by(image)} does not divide into patches of {_by(patch)}; "
+                f"change one of them or give dynamic_img_pad=True"
+            )
         origin = position_origin if isinstance(position_origin, (int, float, str)) else tuple(position_origin)
         grid = tuple(-(-n // p) for n, p in zip(image, patch, strict=True))
         layout = Layout(embed_dim, num_heads, grid, depth, position_unit, origin)
         layout.coords()  # an origin that does not fit is found here
         scheme = build(position, layout)
         super().__init__(
-            image,
-            patch,
+            cast(Any, image),
+            cast(Any, patch),
             in_chans,
             embed_dim=embed_dim,
             depth=depth,
@@ -244,9 +252,11 @@ class RopeViT(VisionTransformer):
         if dynamic_img_size:
             self.locate.image = None
         self.position = scheme if device is None else scheme.to(device)
-        self.blocks = nn.ModuleList(self.blocks)  # a Sequential could be called, and would run without positions
+        # a Sequential could be called as a whole, and would run without positions
+        self.blocks = nn.ModuleList(self.blocks)  # pyrefly: ignore[bad-assignment]
         rate = kwargs.get("patch_drop_rate", 0.0)
-        self.patch_drop = PatchDropoutWithIndices(rate, self.num_prefix_tokens) if rate > 0 else None
+        drop = PatchDropoutWithIndices(rate, self.num_prefix_tokens) if rate > 0 else None
+        self.patch_drop = drop  # pyrefly: ignore[bad-assignment]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -355,8 +365,8 @@ class RopeViT(VisionTransformer):
         if not torch.jit.is_scripting() and return_prefix_tokens and self.num_prefix_tokens:
             maps = list(zip(maps, prefix, strict=True))
         if intermediates_only:
-            return maps
-        return self.norm(x), maps
+            return maps  # pyrefly: ignore[bad-return]  zipped with prefixes, as timm does
+        return self.norm(x), maps  # pyrefly: ignore[bad-return]
 
 
 def _sizes(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
@@ -401,8 +411,13 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> RopeViT:
+    model: Any = RopeViT
+    size = kwargs.get("img_size", 0)
+    if not isinstance(size, int) and len(size) != 2:  # timm's builder knows of (height, width) alone
+        model = partial(RopeViT, img_size=tuple(kwargs.pop("img_size")))
+        kwargs["pretrained_cfg_overlay"] = (kwargs.get("pretrained_cfg_overlay") or {}) | {"fixed_input_size": False}
     return build_model_with_cfg(
-        RopeViT,
+        model,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
@@ -414,7 +429,7 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
 @register_model
 def vit_rope_test_patch16_64(pretrained: bool = False, **kwargs: Any) -> RopeViT:
     """A very small model on 64 × 64 images, for tests."""
-    size = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    size = {"patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 2}
     return _create("vit_rope_test_patch16_64", pretrained, size, kwargs)
 
 

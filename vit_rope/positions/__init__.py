@@ -4,4 +4,16 @@ from . import absolute, coords, rotary
 from .base import Encoding, Layout, Position, Sum, build, register, schemes
 from .rotary import Rotary
 
-__all__ = ["Encoding", "Layout", "Position", "Rotary", "Sum", "absolute", "build", "coords", "register", "rotary", "schemes"]
+__all__ = [
+    "Encoding",
+    "Layout",
+    "Position",
+    "Rotary",
+    "Sum",
+    "absolute",
+    "build",
+    "coords",
+    "register",
+    "rotary",
+    "schemes",
+]

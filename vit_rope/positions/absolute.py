@@ -9,18 +9,16 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .base import Layout, Position, register
+from .base import Layout, Position, no_autocast, register
 
 
 @torch.fx.wrap
 @torch.jit.ignore
 def learned_vectors(table: Tensor, coords: Tensor, grid: Sequence[int] | None, layout: Layout) -> Tensor:
     """Vectors (…, C) of a table (*layout.grid, C): resampled to a whole grid, else read at coordinates (…, A)."""
-    table = table.float()
+    table = table.float() if grid is None else resample(table.float(), grid)
     if grid is not None and coords.ndim == 2 and coords.shape[0] == math.prod(grid):
-        return resample(table, grid).flatten(0, -2)
-    if grid is not None:  # some tokens of another grid
-        table = resample(table, grid)
+        return table.flatten(0, -2)
     return read(table, layout.cell(coords.float(), grid))
 
 
@@ -55,7 +53,7 @@ def read(table: Tensor, cells: Tensor) -> Tensor:
 @torch.jit.ignore
 def sincos_vectors(coords: Tensor, grid: Sequence[int] | None, layout: Layout, base: float, flattened: bool) -> Tensor:
     """Sines and cosines (…, C) at coordinates (…, A): for each axis its sines, then its cosines, then zeros."""
-    with torch.autocast(coords.device.type, enabled=False):
+    with no_autocast(coords.device):
         coords = layout.flatten(coords.float(), grid) if flattened else coords.float()
         count = layout.width // (2 * coords.shape[-1])
         speeds = base ** (-torch.arange(count, dtype=torch.float32, device=coords.device) / count)
@@ -90,10 +88,11 @@ class Learned(Position):
         return x + learned_vectors(self.table, coords, grid, self.layout).to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        stored = state_dict.get(f"{prefix}table")
-        fits = stored is not None and stored.ndim == self.table.ndim and stored.shape[-1] == self.table.shape[-1]
-        if fits and stored.shape != self.table.shape:
-            state_dict[f"{prefix}table"] = resample(stored.float(), self.layout.grid).to(stored.dtype)
+        key, mine = f"{prefix}table", self.table.shape
+        if key in state_dict:
+            stored = state_dict[key]
+            if stored.shape != mine and stored.ndim == len(mine) and stored.shape[-1] == mine[-1]:
+                state_dict[key] = resample(stored.float(), self.layout.grid).to(stored.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -19,8 +19,9 @@ import types
 import typing
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,11 @@ class Encoding(NamedTuple):
     half: bool = False
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Switch autocast off, which would round positions; the meta device knows none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 _NUMBERS = itertools.count()
 _ALIVE: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
@@ -160,7 +166,7 @@ class Position(InPython):
         coords = places.check(coords, self.axes)
         if key_coords is not None:
             key_coords = places.check(key_coords, self.axes)
-        with torch.autocast(coords.device.type, enabled=False):
+        with no_autocast(coords.device):
             encoding = self.encode(coords, key_coords, grid)
         return _pad(encoding, prefix, prefix if key_prefix is None else key_prefix)
 
@@ -168,7 +174,6 @@ class Position(InPython):
     def embed(self, x: Tensor, coords: Tensor, grid: list[int] | None = None) -> Tensor:
         """Patch tokens x (B, N, C) with their absolute places in them, for `coords` and `grid` as in a call."""
         return in_python(self).add(x, coords, grid)
-
 
 
 def _pad(encoding: Encoding, prefix: int, key_prefix: int) -> Encoding:
@@ -200,13 +205,13 @@ class Sum(Position):
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
         for part in self.parts:
-            x = part.add(x, coords, grid)
+            x = cast(Position, part).add(x, coords, grid)
         return x
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         total = Encoding()
         for part in self.parts:
-            total = _add(total, part.encode(coords, key_coords, grid))
+            total = _add(total, cast(Position, part).encode(coords, key_coords, grid))
         return total
 
 
@@ -295,7 +300,7 @@ def _build(node: ast.expr, layout: Layout) -> Position:
 
 
 def _parts(position: Position) -> list[Position]:
-    return list(position.parts) if isinstance(position, Sum) else [position]
+    return [cast(Position, part) for part in position.parts] if isinstance(position, Sum) else [position]
 
 
 def _options(name: str, keywords: list[ast.keyword]) -> dict[str, Any]:
@@ -355,5 +360,6 @@ def _describe(hint: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(repr(argument) for argument in arguments)
     if origin is tuple:
-        return f"a tuple of {_describe(arguments[0])}s"
-    return {float: "a finite number", int: "a whole number", bool: "True or False", str: "a string"}.get(hint, str(hint))
+        return f"a tuple, each item {_describe(arguments[0])}"
+    names = {float: "a finite number", int: "a whole number", bool: "True or False", str: "a string"}
+    return names.get(hint, str(hint))

@@ -6,7 +6,7 @@ whoever drops, crops, packs or reorders tokens does the same to their coordinate
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.fx
@@ -40,7 +40,9 @@ def grid(
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
-def cell(coords: Tensor, shape: Sequence[int], unit: str = "index", origin: float | str | Sequence[float] = 0.0) -> Tensor:
+def cell(
+    coords: Tensor, shape: Sequence[int], unit: str = "index", origin: float | str | Sequence[float] = 0.0
+) -> Tensor:
     """Cell indices (…, A), fractional between cells, of coordinates (…, A) on a grid: the inverse of `grid`."""
     shift = torch.tensor(_origin(origin, shape, unit), dtype=coords.dtype, device=coords.device)
     coords = coords + shift
@@ -64,11 +66,13 @@ def check(coords: Tensor, axes: int | None = None, finite: bool = False) -> Tens
     if coords.is_complex() or coords.dtype == torch.bool:
         raise TypeError(f"coordinates must be real numbers, got {coords.dtype}")
     if coords.ndim not in (2, 3):
-        raise ValueError(f"coordinates must be (tokens, axes) or (batch, tokens, axes), got shape {tuple(coords.shape)}")
+        raise ValueError(
+            f"coordinates must be (tokens, axes) or (batch, tokens, axes), got shape {tuple(coords.shape)}"
+        )
     if axes is not None and coords.shape[-1] != axes:
         raise ValueError(
             f"coordinates have {coords.shape[-1]} axes, but the positions were made for {axes}; "
-            f"give coordinates of shape (tokens, {axes}) or build the positions for a grid of {coords.shape[-1]} axes"
+            f"give coordinates of shape (tokens, {axes}) or build positions for a grid of {coords.shape[-1]} axes"
         )
     if finite and not coords.isfinite().all():
         bad = int((~coords.isfinite()).any(dim=-1).sum())
@@ -97,7 +101,7 @@ def check_unit(unit: str) -> None:
         raise ValueError(f"unknown unit {unit!r}; expected one of {', '.join(UNITS)}")
 
 
-def _span(n: int, unit: str, shape: Sequence[int]) -> int:
+def _span(n: int, unit: str, shape: Sequence[int]) -> Any:
     """The number of cells that reach from -1 to 1 along an axis of n cells."""
     if unit == "centered":
         return n
@@ -120,5 +124,7 @@ def _origin(origin: float | str | Sequence[float], shape: Sequence[int], unit: s
     if isinstance(origin, (int, float)):
         return [float(origin)] * len(shape)
     if len(origin) != len(shape):
-        raise ValueError(f"origin {tuple(origin)} has {len(origin)} numbers, but the grid {tuple(shape)} {len(shape)} axes")
+        raise ValueError(
+            f"origin {tuple(origin)} has {len(origin)} numbers, but the grid {tuple(shape)} {len(shape)} axes"
+        )
     return [float(value) for value in origin]

@@ -172,8 +172,10 @@ def _deal(layout: Layout, share: str | tuple[int, ...]) -> list[int]:
     _check_even(head)
     each, left = divmod(head // 2, axes)
     if each == 0:
-        raise ValueError(f"head_dim {head} is too small for {axes} axes: each axis needs at least one pair of channels, "
-                         f"so use a head_dim of {2 * axes} or more")
+        raise ValueError(
+            f"head_dim {head} is too small for {axes} axes: each axis needs at least one pair of channels, "
+            f"so use a head_dim of {2 * axes} or more"
+        )
     if left and share == "equal":
         low, high = each * axes * 2, (each + 1) * axes * 2
         raise ValueError(
@@ -188,8 +190,10 @@ def _deal(layout: Layout, share: str | tuple[int, ...]) -> list[int]:
 
 def _check_even(head: int) -> None:
     if head % 2:
-        raise ValueError(f"rotations turn pairs of channels, so head_dim must be even, got {head}; "
-                         f"use a width and a number of heads that give {head - 1} or {head + 1}")
+        raise ValueError(
+            f"rotations turn pairs of channels, so head_dim must be even, got {head}; "
+            f"use a width and a number of heads that give {head - 1} or {head + 1}"
+        )
 
 
 @register
@@ -209,9 +213,7 @@ def mixed(
     if base <= 0 or fastest <= 0:
         raise ValueError(f"mixed needs a positive base and fastest, got base {base} and fastest {fastest}")
     generator = None if learned else torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(
-        layout.depth, layout.heads, axes, axes, dtype=torch.float64, device="cpu", generator=generator
-    )
+    noise = torch.randn(layout.depth, layout.heads, axes, axes, dtype=torch.float64, device="cpu", generator=generator)
     rotations, triangle = torch.linalg.qr(noise)
     rotations = rotations * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # else QR prefers some directions
     rotations[..., -1] *= torch.linalg.det(rotations).sign()[..., None]  # a rotation, not a reflection
