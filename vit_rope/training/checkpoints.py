@@ -7,6 +7,7 @@ configuration may name only the classes of `TRUSTED`, for a checkpoint may have 
 import logging
 import pickle
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders about the pickle protocol of what is refused anyhow
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         message = f"{path} was not loaded: it holds more than tensors and plain values, and could run code"
         raise ValueError(message) from error

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -89,6 +90,14 @@ class CLI(LightningCLI):
             check_name(config.model.init_args.model)
         if self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
             check_free(Path(config.out), config.ckpt_path)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if error.__cause__ is None or not str(error).startswith("Does not validate against any of the Union"):
+                raise
+            raise error.__cause__ from None  # what the class said, without jsonargparse's account of where it asked
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given: Any = self.config_init[str(self.subcommand)]
@@ -182,6 +191,7 @@ def say_scores(trainer: Any) -> None:
 
 def quieten() -> None:
     """Drop what Lightning and torch say at every run and no user of ours can act on."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of calls that Lightning makes
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_worth_saying)
     for message in (
@@ -196,7 +206,7 @@ def quieten() -> None:
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(("💡", "TPU available", "HPU available"))
+    return not record.getMessage().startswith(("💡", "TPU available", "Loading `train_dataloader` to estimate"))
 
 
 def _value(argv: list[str], option: str) -> str | None:

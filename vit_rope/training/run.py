@@ -24,12 +24,14 @@ class RunFolder(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.started = time.monotonic()
-        if stage == "fit" and trainer.is_global_zero:
-            folder = Path(self.config.out)
-            if self.config.overwrite:
-                clear(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            write(folder / "config.yaml", self._dump())
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(self.config.out)  # touched no earlier, when data, model and optimizer are known to be sound
+        if self.config.overwrite:
+            clear(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "config.yaml", self._dump())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self._dump()
@@ -58,7 +60,9 @@ class RunFolder(SaveConfigCallback):
         report(summary, monitor, folder)
 
     def _dump(self) -> str:
-        return self.parser.dump(self.config, skip_none=False)
+        config = self.config.clone()  # as it would start afresh
+        config.overwrite, config.ckpt_path = False, None
+        return self.parser.dump(config, skip_none=False)
 
 
 def report(summary: dict[str, Any], monitor: str, folder: Path) -> None:
