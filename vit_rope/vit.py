@@ -79,6 +79,16 @@ class RopeBlock(Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
+class PatchEmbed2d(PatchEmbed):
+    """timm's PatchEmbed to (B, rows, columns, D), sizes checked elsewhere: its own check makes a graph for each size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to vectors (B, rows, columns, D)."""
+        if self.dynamic_img_pad:
+            x = nn.functional.pad(x, (0, -x.shape[3] % self.patch_size[1], 0, -x.shape[2] % self.patch_size[0]))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
 class PatchEmbedNd(nn.Module):
     """Patches of a signal, video or volume (B, C, *sizes) to vectors (B, *grid, D), with the interface of timm's."""
 
@@ -243,7 +253,7 @@ class RopeViT(VisionTransformer):
             pos_embed=pos_embed,
             dynamic_img_size=dynamic_img_size,
             dynamic_img_pad=dynamic_img_pad,
-            embed_layer=partial(PatchEmbed if axes == 2 else PatchEmbedNd, output_fmt="NHWC"),
+            embed_layer=partial(PatchEmbed2d if axes == 2 else PatchEmbedNd, output_fmt="NHWC"),
             block_fn=RopeBlock,
             device=device,
             **kwargs,

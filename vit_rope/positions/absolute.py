@@ -24,7 +24,7 @@ def learned_vectors(table: Tensor, coords: Tensor, grid: Sequence[int] | None, l
 
 def resample(table: Tensor, grid: Sequence[int]) -> Tensor:
     """A table (*sizes, C) resampled to (*grid, C): bicubic and antialiased on images, linear on 1 or 3 axes."""
-    if tuple(table.shape[:-1]) == tuple(grid):
+    if _same(table.shape[:-1], grid):
         return table
     mode = {1: "linear", 2: "bicubic", 3: "trilinear"}.get(table.ndim - 1)
     if mode is None:
@@ -32,6 +32,15 @@ def resample(table: Tensor, grid: Sequence[int]) -> Tensor:
     image = table.movedim(-1, 0)[None]
     image = nn.functional.interpolate(image, tuple(grid), mode=mode, antialias=mode == "bicubic", align_corners=False)
     return image[0].movedim(0, -1)
+
+
+def _same(sizes: Sequence[int], grid: Sequence[int]) -> bool:
+    """Whether a table has the grid's shape already; a compiled graph for all shapes must not ask, and resamples."""
+    if not torch.compiler.is_compiling():
+        return tuple(sizes) == tuple(grid)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return all(statically_known_true(n == m) for n, m in zip(sizes, grid, strict=True))
 
 
 def read(table: Tensor, cells: Tensor) -> Tensor:

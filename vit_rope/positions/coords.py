@@ -125,6 +125,6 @@ def _origin(origin: float | str | Sequence[float], shape: Sequence[int], unit: s
         return [float(origin)] * len(shape)
     if len(origin) != len(shape):
         raise ValueError(
-            f"origin {tuple(origin)} has {len(origin)} numbers, but the grid {tuple(shape)} {len(shape)} axes"
+            f"origin {tuple(origin)} gives {len(origin)} numbers for a grid {tuple(shape)} of {len(shape)} axes"
         )
     return [float(value) for value in origin]

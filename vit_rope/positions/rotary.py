@@ -89,7 +89,7 @@ class Rotary(Position):
         if not freqs.isfinite().all():
             raise ValueError("frequencies must be finite")
         self.axes, self.pairs = freqs.shape[-2], pairs
-        self.initial = freqs.detach().to("cpu", torch.float64)  # what fixed frequencies are and learned ones begin as
+        self.initial = freqs.detach().to("cpu", torch.float32)  # what fixed frequencies are and learned ones begin as
         self.freqs = nn.Parameter(torch.empty(freqs.shape, dtype=torch.float32)) if learned else None
         self.reset_parameters()
 
@@ -102,7 +102,7 @@ class Rotary(Position):
         """Frequencies (L, H, A, R) as the coordinates' device and precision need them."""
         if self.freqs is not None:
             return self.freqs.to(coords.dtype)
-        return self.initial.to(coords.dtype).to(coords.device)  # cast first: not every device has float64
+        return self.initial.to(coords.device, coords.dtype)
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         freqs = self.frequencies(coords)

@@ -1,0 +1,116 @@
+"""attend against loops in float64, and what it asks of torch's kernels."""
+
+import re
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests import oracles
+from vit_rope.attention import attend, attend_packed
+from vit_rope.positions import Encoding, Layout, build
+from vit_rope.positions.coords import grid
+
+COORDS = grid((2, 3)).double()
+ROTARY = build("mixed", Layout(width=16, heads=2, grid=(2, 3), depth=3))(COORDS, prefix=1)
+
+
+def qkv(tokens=7, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 2, 2, tokens, 8, generator=generator, dtype=torch.float64).to(dtype).unbind(0)
+
+
+def biased(layers=3, heads=2):
+    bias = torch.randn(layers, 1, heads, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return Encoding(ROTARY.turn_q.detach(), bias=bias)
+
+
+CLOSED = torch.rand(7, 7, generator=torch.Generator().manual_seed(2)) < 0.3
+CLOSED.fill_diagonal_(False)
+CAUSAL = torch.ones(7, 7, dtype=torch.bool).triu(1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("encoding", [Encoding(), ROTARY._replace(turn_q=ROTARY.turn_q.detach()), biased(), biased(1, 1)])
+@pytest.mark.parametrize("masking", ["none", "bool", "float", "causal"])
+def test_attend_is_the_loop(fused, encoding, masking):
+    q, k, v = qkv()
+    options = {
+        "none": {},
+        "bool": {"mask": ~CLOSED},
+        "float": {"mask": torch.zeros(7, 7, dtype=torch.float64).masked_fill(CLOSED, float("-inf"))},
+        "causal": {"causal": True},
+    }[masking]
+    closed = {"bool": CLOSED, "float": CLOSED, "causal": CAUSAL}.get(masking)
+    for layer in (0, 2, 4):
+        out = attend(q, k, v, encoding, layer, fused=fused, **options)
+        for b in range(2):
+            for h in range(2):
+                rows = [q[b, h], k[b, h]]
+                if encoding.turn_q is not None:
+                    turn = encoding.turn_q[layer % 3, 0, :, h]
+                    angle = torch.atan2(turn[..., 1], turn[..., 0])
+                    rows = [
+                        torch.stack([oracles.rotation_matrix([1.0], angle[n][None]) @ x[n] for n in range(7)])
+                        for x in rows
+                    ]
+                bias = None if encoding.bias is None else encoding.bias[layer % len(encoding.bias), 0, h % encoding.bias.shape[2]]  # fmt: skip
+                want = oracles.attention(*rows, v[b, h], bias, closed)
+                torch.testing.assert_close(out[b, h], want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("encoding", [Encoding(), ROTARY, biased()])
+def test_packed_is_the_same_function(encoding):
+    packed = torch.randn(2, 7, 48)
+    q, k, v = packed.view(2, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(
+        attend_packed(packed, 2, encoding, 1), attend(q, k, v, encoding, 1), rtol=0, atol=0
+    )
+
+
+def test_packed_leaves_its_input_alone():
+    packed = torch.randn(2, 7, 48)
+    kept = packed.clone()
+    attend_packed(packed, 2, ROTARY)
+    assert torch.equal(packed, kept)
+
+
+@pytest.mark.parametrize("spec", ["none", "axial", "mixed", "flat", "learned + mixed", "sincos"])
+def test_without_a_bias_no_mask_reaches_the_kernel(spec, monkeypatch):
+    seen = []
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k["attn_mask"]) or kernel(*a, **k))
+    encoding = build(spec, Layout(width=16, heads=2, grid=(2, 3)))(COORDS, prefix=1)
+    attend(*qkv(), encoding)
+    attend(*qkv(), biased())
+    assert seen[0] is None
+    assert seen[1].shape == (1, 2, 7, 7)
+
+
+def test_dropout_drops():
+    torch.manual_seed(0)
+    q, k, v = qkv()
+    for fused in (True, False):
+        assert not torch.equal(attend(q, k, v, ROTARY, dropout=0.5, fused=fused), attend(q, k, v, ROTARY, fused=fused))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: attend(*qkv(8), ROTARY),
+            "the encoding places 7 tokens, but there are 8 queries; "
+            "give position(coords, prefix=…) the number of tokens that have no place",
+        ),
+        (lambda: attend(qkv()[0], *qkv(8)[1:], ROTARY), "the encoding places 7 tokens, but there are 8 keys"),
+        (lambda: attend(*qkv(8), Encoding(bias=torch.zeros(1, 1, 1, 7, 7))), "places 7 tokens, but there are 8 queries"),
+        (lambda: attend(*qkv(), ROTARY, mask=~CLOSED, causal=True), "attend takes a mask or causal=True, not both"),
+        (
+            lambda: attend_packed(torch.zeros(1, 7, 50), 2, ROTARY),
+            "50 channels do not divide into queries, keys and values of 2 heads",
+        ),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

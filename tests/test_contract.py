@@ -1,0 +1,244 @@
+"""What every registered scheme promises, on one, two and three axes, whoever wrote it."""
+
+import copy
+import io
+
+import pytest
+import timm
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import vit_rope  # noqa: F401  registers the models
+from vit_rope.attention import attend
+from vit_rope.positions import Encoding, Layout, Position, build, schemes
+from vit_rope.positions.coords import grid
+
+GRIDS = {1: (7,), 2: (4, 5), 3: (2, 3, 4)}
+SPECS = [*schemes(), "learned + mixed", "axial + mixed", "sincos(axes=1) + flat", 'axial(pairs="half", share="rest")']
+EVERY = [(spec, axes) for spec in SPECS for axes in GRIDS]
+
+
+def make(spec, axes, seed=0):
+    torch.manual_seed(seed)
+    layout = Layout(width=48, heads=2, grid=GRIDS[axes], depth=3)
+    return build(spec, layout), layout
+
+
+def tokens(layout, batch=2, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, len(layout.coords()), layout.width, generator=generator, dtype=torch.float64)
+    weights = torch.randn(3, layout.width, layout.width, generator=generator, dtype=torch.float64) / 4
+    return x, weights
+
+
+def run(position, layout, coords, x, weights, layer=1, grid=None):
+    """One attention layer (B, H, N, D) over tokens that a scheme places, all of it in float64."""
+    x = position.embed(x, coords, grid)
+    q, k, v = _heads(x, weights, layout)
+    return attend(q, k, v, position(coords, grid=grid), layer)
+
+
+def _heads(x, weights, layout):
+    return [(x @ w).unflatten(-1, (layout.heads, -1)).transpose(1, 2) for w in weights]
+
+
+def same(a: Encoding, b: Encoding) -> bool:
+    return all(x is y or torch.equal(x, y) if x is None or isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_relative_means_relative(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    coords = layout.coords().double()
+    shift = torch.tensor([0.37, -1.21, 2.5], dtype=torch.float64)[:axes]
+    here, there = (run(position, layout, c, x, weights) for c in (coords, coords + shift))
+    if position.relative:
+        torch.testing.assert_close(here, there, rtol=0, atol=1e-6)
+    else:
+        assert (here - there).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_permuting_tokens_with_their_coordinates_permutes_the_output(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    coords = layout.coords().double()
+    order = torch.randperm(len(coords), generator=torch.Generator().manual_seed(3))
+    out = run(position, layout, coords, x, weights)
+    permuted = run(position, layout, coords[order], x[:, order], weights)
+    torch.testing.assert_close(out[:, :, order], permuted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_coordinates_of_each_sample_equal_shared_ones(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    coords = layout.coords().double()
+    shared = run(position, layout, coords, x, weights)
+    each = run(position, layout, coords.expand(2, -1, -1).contiguous(), x, weights)
+    torch.testing.assert_close(shared, each, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_a_grid_promise_changes_nothing_on_the_training_grid(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    coords = layout.coords().double()
+    out = run(position, layout, coords, x, weights)
+    promised = run(position, layout, coords, x, weights, grid=list(layout.grid))
+    torch.testing.assert_close(out, promised, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_keys_elsewhere_are_a_part_of_all_keys(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    coords = layout.coords().double()
+    q, k, v = _heads(position.embed(x, coords), weights, layout)
+    all_keys = attend(q, k[:, :, ::2], v[:, :, ::2], position(coords, key_coords=coords[::2]), 2)
+    some = attend(q[:, :, 3:], k[:, :, ::2], v[:, :, ::2], position(coords[3:], key_coords=coords[::2]), 2)
+    torch.testing.assert_close(all_keys[:, :, 3:], some, rtol=0, atol=1e-12)
+    closed = torch.zeros(len(coords), dtype=torch.bool)
+    closed[::2] = True
+    masked = attend(q, k, v, position(coords), 2, mask=closed[None])
+    torch.testing.assert_close(all_keys, masked, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+@pytest.mark.parametrize("prefix", [1, 5])
+def test_prefix_tokens_have_no_place(spec, axes, prefix):
+    position, layout = make(spec, axes)
+    coords = layout.coords()
+    bare, padded = position(coords), position(coords, prefix=prefix)
+    if bare.turn_q is not None:
+        torch.testing.assert_close(padded.turn_q[:, :, prefix:], bare.turn_q, rtol=0, atol=0)
+        rest = padded.turn_q[:, :, :prefix]
+        assert (rest[..., 0] == 1).all()
+        assert (rest[..., 1] == 0).all()
+    if bare.bias is not None:
+        torch.testing.assert_close(padded.bias[..., prefix:, prefix:], bare.bias, rtol=0, atol=0)
+        assert (padded.bias[..., :prefix, :] == 0).all()
+        assert (padded.bias[..., :, :prefix] == 0).all()
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_no_cast_changes_the_tables(spec, axes):
+    position, layout = make(spec, axes)
+    coords = 50 * layout.coords()
+    want = position(coords, prefix=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(position(coords, prefix=1), want)
+    for cast in (Position.bfloat16, Position.half, lambda p: p.to(torch.float16), lambda p: p.bfloat16().float()):
+        assert same(cast(copy.deepcopy(position))(coords, prefix=1), want)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_copies_and_the_meta_device_keep_the_tables(spec, axes):
+    position, layout = make(spec, axes)
+    coords = layout.coords()
+    want = position(coords)
+    file = io.BytesIO()
+    torch.save(position, file)
+    file.seek(0)
+    assert same(torch.load(file, weights_only=False)(coords), want)
+    with torch.device("meta"):
+        ghost, _ = make(spec, axes, seed=5)
+    assert all(p.is_meta for p in ghost.parameters())
+    ghost = ghost.to_empty(device="cpu")
+    ghost.load_state_dict(position.state_dict())
+    assert same(ghost(coords), want)
+    x, _ = tokens(layout)
+    torch.testing.assert_close(ghost.embed(x, coords), position.embed(x, coords), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_reset_parameters_makes_emptied_ones_finite(spec, axes):
+    position, _ = make(spec, axes)
+    with torch.no_grad():
+        for parameter in position.parameters():
+            parameter.fill_(float("nan"))
+    for module in position.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(p.isfinite().all() for p in position.parameters())
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_gradients_reach_every_parameter(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    x.requires_grad_()  # so that schemes without parameters run backward too
+    loss = sum(run(position, layout, layout.coords(), x, weights, layer).square().sum() for layer in range(layout.depth))
+    loss.backward()
+    for name, parameter in position.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_the_state_dict_holds_learned_tensors_alone(spec, axes):
+    position, _ = make(spec, axes)
+    assert list(position.buffers()) == []
+    assert set(position.state_dict()) == {name for name, _ in position.named_parameters()}
+    assert all(parameter.requires_grad for parameter in position.parameters())
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_earlier_calls_leave_no_trace(spec, axes):
+    position, layout = make(spec, axes)
+    want = position(layout.coords(), prefix=1)
+    with torch.inference_mode():
+        position(grid([n + 3 for n in layout.grid]), prefix=2)
+    position(layout.coords() + 100.5)
+    assert same(position(layout.coords(), prefix=1), want)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_attention_returns_the_type_it_was_given(spec, axes, dtype):
+    position, layout = make(spec, axes)
+    coords = layout.coords()
+    q = torch.randn(1, layout.heads, len(coords), layout.head_dim, dtype=dtype)
+    assert attend(q, q, q, position(coords)).dtype == dtype
+    x = torch.randn(1, len(coords), layout.width, dtype=dtype)
+    assert position.embed(x, coords).dtype == dtype
+
+
+SIZES = [(32, 32), (32, 48), (48, 32), (64, 64), (40, 56), (80, 32)]
+
+
+def small_vit(spec):
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_rope_test_patch16_64", position=spec, dynamic_img_size=True, img_size=32, patch_size=8, depth=2,
+        embed_dim=48, num_classes=5,
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_two_graphs_serve_six_sizes(spec):
+    torch._dynamo.reset()
+    model, counter = small_vit(spec), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for size in SIZES:
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_export_serves_other_sizes(spec):
+    model = small_vit(spec)
+    batch, rows, columns = (torch.export.Dim(name, min=2, max=16) for name in ("batch", "rows", "columns"))
+    shapes = ({0: batch, 2: 8 * rows, 3: 8 * columns},)
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 48),), dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            assert not value.is_complex()
+            assert value.dtype != torch.float64
+    for size in SIZES:
+        x = torch.randn(3, 3, *size)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,70 @@
+"""The command line: `vit-rope VERB …`, or `python -m vit_rope VERB …`. Each verb imports only what it needs."""
+
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "fit": "train a model from a YAML file: fit --config configs/digits_vit.yaml",
+    "validate": "score a checkpoint on the validation set: validate --ckpt_path RUN",
+    "test": "score a checkpoint on the test set: test --ckpt_path RUN",
+    "schemes": "list every position scheme",
+    "plot": "draw a picture: plot kernel axial mixed --out kernel.png",
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one verb; exits with status 2 and the list of verbs when there is no such verb."""
+    args = sys.argv[1:] if args is None else list(args)
+    verb = args[0] if args else "--help"
+    if verb in ("fit", "validate", "test"):
+        from .training.cli import main as train
+
+        train(args)
+    elif verb == "schemes":
+        print(scheme_table())
+    elif verb == "plot":
+        _plot(args[1:])
+    else:
+        lines = [f"  {name:<10} {text}" for name, text in VERBS.items()]
+        text = "\n".join(["usage: vit-rope VERB …", "", *lines, "", "vit-rope VERB --help tells each verb's options"])
+        if verb in ("-h", "--help"):
+            print(text)
+        else:
+            print(f"vit-rope: no verb {verb!r}\n\n{text}", file=sys.stderr)
+            raise SystemExit(2)
+
+
+def scheme_table() -> str:
+    """Every registered scheme with its options and the first line of its description, in aligned columns."""
+    import inspect
+
+    from .positions.base import _SCHEMES
+
+    rows = []
+    for name, factory in sorted(_SCHEMES.items()):
+        parameters = list(inspect.signature(factory).parameters.values())[1:]
+        options = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
+        rows.append((f"{name}({options})" if options else name, (factory.__doc__ or "").strip().splitlines()[0]))
+    width = max(len(spec) for spec, _ in rows)
+    return "\n".join(f"{spec:<{width}}  {what}" for spec, what in rows)
+
+
+def _plot(args: list[str]) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser("vit-rope plot", description="Draw a picture of position schemes.")
+    parser.add_argument("picture", choices=["kernel"], help="kernel: what a displacement does to a score")
+    parser.add_argument("specs", nargs="+", help='schemes, e.g. axial "mixed(base=10)" flat')
+    parser.add_argument("--out", default="kernel.png", help="the PNG to write (default: %(default)s)")
+    parser.add_argument("--grid", nargs=2, type=int, default=(14, 14), metavar=("ROWS", "COLUMNS"))
+    options = parser.parse_args(args)
+    from .plots import plot_kernel
+
+    try:
+        print(plot_kernel(options.specs, options.out, tuple(options.grid)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Where the cells of a U-Net's feature maps are, and the schemes that place them.
+
+Every halving of an image makes a coarser map of the same image. A scheme may count the cells of each map, or place them
+all in the image; either way it is built for one attention: its width, its heads and the map that it sees.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .positions import Layout, Position, build
+from .positions import coords as places
+
+Origin = float | str | Sequence[float]
+UNITS = ("index", "pixel", *places.UNITS[1:])
+
+
+@dataclass(frozen=True)
+class MapLayout(Layout):
+    """The layout of one attention on a feature map; `head` channels a head, for heads need not share the width.
+
+    Coordinates count `stride` for each cell: the pixels that it spans where the unit is pixels, else 1.
+    """
+
+    head: int = 0
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        places.check_shape(self.grid)
+        places.check_unit(self.unit)
+
+    @property
+    def head_dim(self) -> int:
+        return self.head
+
+    def coords(self, shape: Sequence[int] | None = None, device: torch.device | None = None) -> Tensor:
+        return super().coords(shape, device) * self.stride
+
+    def cell(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        return super().cell(coords / self.stride, grid)
+
+
+def map_layout(
+    width: int, heads: int, head: int, level: int, size: Sequence[int], unit: str, origin: Origin
+) -> MapLayout:
+    """The layout of attention over the map that an input of `size` pixels is after `level` halvings.
+
+    Raises ValueError for an unknown unit, or an origin of another number of axes.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unknown unit {unit!r}; expected one of {', '.join(UNITS)}")
+    stride = 2**level if unit == "pixel" else 1
+    place = origin if isinstance(origin, (int, float, str)) else tuple(origin)
+    if unit == "pixel" and not isinstance(place, str):  # counted in cells, as cell i is at (i + 1/2) stride - 1/2
+        values = place if isinstance(place, tuple) else (place,) * len(size)
+        place = tuple((value + 0.5) / stride - 0.5 for value in values)
+    grid = tuple(-(-n // 2**level) for n in size)
+    layout = MapLayout(width, heads, grid, 1, "index" if unit == "pixel" else unit, place, head, stride)
+    layout.coords()  # an origin that does not fit is found here
+    return layout
+
+
+def build_at(name: str, level: int, spec: str, layout: MapLayout, remedy: str) -> Position:
+    """The scheme for the attention of this name.
+
+    Raises ValueError that says which attention cannot take it, with the remedy where its head size is to blame.
+    """
+    try:
+        return build(spec, layout)
+    except ValueError as error:
+        hint = f"; {remedy}" if "head_dim" in str(error) else ""
+        heads = f"{layout.width} channels, {layout.heads} heads of {layout.head}"
+        raise ValueError(f"{name} (level {level}, {heads}): {error}{hint}") from error
+
+
+def pixels(sample_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Height and width, of which one number means both. Raises ValueError for anything else."""
+    size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+    if len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size):
+        raise ValueError(f"sample_size is a number of pixels or (height, width), got {sample_size!r}")
+    return size
