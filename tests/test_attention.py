@@ -31,7 +31,9 @@ CAUSAL = torch.ones(7, 7, dtype=torch.bool).triu(1)
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("encoding", [Encoding(), ROTARY._replace(turn_q=ROTARY.turn_q.detach()), biased(), biased(1, 1)])
+@pytest.mark.parametrize(
+    "encoding", [Encoding(), ROTARY._replace(turn_q=ROTARY.turn_q.detach()), biased(), biased(1, 1)]
+)
 @pytest.mark.parametrize("masking", ["none", "bool", "float", "causal"])
 def test_attend_is_the_loop(fused, encoding, masking):
     q, k, v = qkv()
@@ -54,7 +56,9 @@ def test_attend_is_the_loop(fused, encoding, masking):
                         torch.stack([oracles.rotation_matrix([1.0], angle[n][None]) @ x[n] for n in range(7)])
                         for x in rows
                     ]
-                bias = None if encoding.bias is None else encoding.bias[layer % len(encoding.bias), 0, h % encoding.bias.shape[2]]  # fmt: skip
+                bias = encoding.bias
+                if bias is not None:
+                    bias = bias[layer % len(bias), 0, h % bias.shape[2]]
                 want = oracles.attention(*rows, v[b, h], bias, closed)
                 torch.testing.assert_close(out[b, h], want, rtol=0, atol=1e-9)
 
@@ -63,9 +67,7 @@ def test_attend_is_the_loop(fused, encoding, masking):
 def test_packed_is_the_same_function(encoding):
     packed = torch.randn(2, 7, 48)
     q, k, v = packed.view(2, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
-    torch.testing.assert_close(
-        attend_packed(packed, 2, encoding, 1), attend(q, k, v, encoding, 1), rtol=0, atol=0
-    )
+    torch.testing.assert_close(attend_packed(packed, 2, encoding, 1), attend(q, k, v, encoding, 1), rtol=0, atol=0)
 
 
 def test_packed_leaves_its_input_alone():
@@ -79,7 +81,9 @@ def test_packed_leaves_its_input_alone():
 def test_without_a_bias_no_mask_reaches_the_kernel(spec, monkeypatch):
     seen = []
     kernel = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k["attn_mask"]) or kernel(*a, **k))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k["attn_mask"]) or kernel(*a, **k)
+    )
     encoding = build(spec, Layout(width=16, heads=2, grid=(2, 3)))(COORDS, prefix=1)
     attend(*qkv(), encoding)
     attend(*qkv(), biased())
@@ -103,7 +107,10 @@ def test_dropout_drops():
             "give position(coords, prefix=…) the number of tokens that have no place",
         ),
         (lambda: attend(qkv()[0], *qkv(8)[1:], ROTARY), "the encoding places 7 tokens, but there are 8 keys"),
-        (lambda: attend(*qkv(8), Encoding(bias=torch.zeros(1, 1, 1, 7, 7))), "places 7 tokens, but there are 8 queries"),
+        (
+            lambda: attend(*qkv(8), Encoding(bias=torch.zeros(1, 1, 1, 7, 7))),
+            "places 7 tokens, but there are 8 queries",
+        ),
         (lambda: attend(*qkv(), ROTARY, mask=~CLOSED, causal=True), "attend takes a mask or causal=True, not both"),
         (
             lambda: attend_packed(torch.zeros(1, 7, 50), 2, ROTARY),

@@ -43,7 +43,10 @@ def _heads(x, weights, layout):
 
 
 def same(a: Encoding, b: Encoding) -> bool:
-    return all(x is y or torch.equal(x, y) if x is None or isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
+    return all(
+        x is y or torch.equal(x, y) if x is None or isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
@@ -169,7 +172,9 @@ def test_gradients_reach_every_parameter(spec, axes):
     position, layout = make(spec, axes)
     x, weights = tokens(layout)
     x.requires_grad_()  # so that schemes without parameters run backward too
-    loss = sum(run(position, layout, layout.coords(), x, weights, layer).square().sum() for layer in range(layout.depth))
+    loss = sum(
+        run(position, layout, layout.coords(), x, weights, layer).square().sum() for layer in range(layout.depth)
+    )
     loss.backward()
     for name, parameter in position.named_parameters():
         assert parameter.grad is not None, name

@@ -61,11 +61,19 @@ def test_take_follows_the_tokens():
     [
         (lambda: grid((2, 2), "pixels"), ValueError, "unknown unit 'pixels'; expected one of index, centered"),
         (lambda: grid(()), ValueError, "a grid needs at least one cell along each of its axes, got shape ()"),
-        (lambda: grid((2, 2), origin="left"), ValueError, "unknown origin 'left'; expected \"center\", a number or one"),
+        (
+            lambda: grid((2, 2), origin="left"),
+            ValueError,
+            "unknown origin 'left'; expected \"center\", a number or one",
+        ),
         (lambda: grid((2, 2), origin=(1,)), ValueError, "origin (1,) gives 1 numbers for a grid (2, 2) of 2 axes"),
         (lambda: check([1, 2]), TypeError, "coordinates must be a tensor (tokens, axes), got list"),
         (lambda: check(torch.zeros(3)), ValueError, "coordinates must be (tokens, axes) or (batch, tokens, axes), got"),
-        (lambda: check(torch.zeros(3, 2, dtype=torch.bool)), TypeError, "coordinates must be real numbers, got torch.bool"),
+        (
+            lambda: check(torch.zeros(3, 2, dtype=torch.bool)),
+            TypeError,
+            "coordinates must be real numbers, got torch.bool",
+        ),
         (
             lambda: check(torch.zeros(3, 2).bfloat16()),
             TypeError,

@@ -116,10 +116,14 @@ def test_mixed_rotates_as_timm_with_the_same_frequencies(shape):
         torch.testing.assert_close(rotate(q, encoding.turn_q[layer]), want, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("unit", "name"), [("centered", "separate"), ("centered_shorter", "min"), ("centered_longer", "max")])
+@pytest.mark.parametrize(
+    ("unit", "name"), [("centered", "separate"), ("centered_shorter", "min"), ("centered_longer", "max")]
+)
 def test_centered_units_make_the_tables_of_dinov3(unit, name):
     shape = (6, 9)
-    theirs = RotaryEmbeddingDinoV3(32, temperature=100.0, normalize_coords=name, rotate_half=True).get_embed(list(shape))
+    theirs = RotaryEmbeddingDinoV3(32, temperature=100.0, normalize_coords=name, rotate_half=True).get_embed(
+        list(shape)
+    )
     layout = Layout(width=128, heads=4, grid=shape, unit=unit)
     encoding = build(f'axial(base=100, pairs="half", fastest={2 * math.pi})', layout)(layout.coords())
     sin, cos = theirs.chunk(2, dim=-1)

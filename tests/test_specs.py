@@ -42,7 +42,10 @@ def test_sums_are_flat_and_keep_their_order():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("axail", "no position scheme is called 'axail'; did you mean axial? There are: axial, flat, learned, mixed, none"),
+        (
+            "axail",
+            "no position scheme is called 'axail'; did you mean axial? There are: axial, flat, learned, mixed, none",
+        ),
         ("zzz", "no position scheme is called 'zzz'; There are: axial, flat"),
         ("axial(bse=3)", "axial has no option 'bse'; it takes base, share, pairs, fastest"),
         ("none(base=3)", "none has no option 'base'; it takes none"),
@@ -121,7 +124,7 @@ def test_a_scheme_of_ones_own_takes_five_lines(scheme):
 
     assert "slow" in schemes()
     assert build("slow(base=9) + learned", LAYOUT).parts[0].initial.shape == (1, 1, 2, 32)
-    with pytest.raises(ValueError, match="position scheme 'slow' is registered already, by tests.test_specs"):
+    with pytest.raises(ValueError, match=r"position scheme 'slow' is registered already, by tests\.test_specs"):
         register(slow)
 
 
@@ -145,7 +148,11 @@ def test_rotations_of_different_pairs_cannot_be_summed():
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.one_of(st.text(max_size=40), st.from_regex(r"(axial|mixed|none)\([a-z]{0,6}=[-0-9a-z\"'(),.]{0,12}\)", fullmatch=True)))
+@given(
+    st.one_of(
+        st.text(max_size=40), st.from_regex(r"(axial|mixed|none)\([a-z]{0,6}=[-0-9a-z\"'(),.]{0,12}\)", fullmatch=True)
+    )
+)
 def test_no_text_gets_further_than_a_clear_refusal(text):
     try:
         position = build(text, LAYOUT)

@@ -208,7 +208,9 @@ def test_masks_reach_every_block():
     half = x.clone()
     half[:, :, 32:] = 0
     assert (net(x, attn_mask=mask) - net(x)).abs().max() > 1e-3
-    torch.testing.assert_close(net.forward_features(x, is_causal=True)[:, :9], net.forward_features(half, is_causal=True)[:, :9])
+    torch.testing.assert_close(
+        net.forward_features(x, is_causal=True)[:, :9], net.forward_features(half, is_causal=True)[:, :9]
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -244,10 +246,12 @@ def test_video_signals_and_volumes_are_the_same_class():
     want = conv(x).movedim(1, -1)
     torch.testing.assert_close(video.patch_embed(x), want, rtol=1e-4, atol=1e-5)
     assert video.eval().forward_intermediates(x)[1][0].shape == (2, 48, 2, 2, 3)
-    signal = timm.create_model(NAME, position="axial", img_size=(60,), patch_size=(4,), in_chans=2, dynamic_img_size=True,
-                               dynamic_img_pad=True).eval()  # fmt: skip
+    free = {"dynamic_img_size": True, "dynamic_img_pad": True}
+    signal = timm.create_model(NAME, position="axial", img_size=(60,), patch_size=(4,), in_chans=2, **free).eval()
     assert signal(images(61, channels=2)).shape == (2, 1000)
-    torch.testing.assert_close(signal(images(61, channels=2)), signal(nn.functional.pad(images(61, channels=2), (0, 3))))
+    torch.testing.assert_close(
+        signal(images(61, channels=2)), signal(nn.functional.pad(images(61, channels=2), (0, 3)))
+    )
     volume = RopeViT((4, 4, 4, 4), (2, 2, 2, 2), 1, position="axial", embed_dim=32, depth=1, num_heads=2)
     assert volume(images(4, 4, 4, 4, channels=1)).shape == (2, 1000)
     with pytest.raises(ValueError, match=re.escape("patches of (2, 16, 16) cannot be resized on 3 axes")):
@@ -293,11 +297,21 @@ def test_models_that_cannot_be(options, error, message):
 @pytest.mark.parametrize(
     ("options", "x", "coords", "message"),
     [
-        ({}, images(64, 96), None, "the model takes images of 64 x 64, got 64 x 96; create it with dynamic_img_size=True"),
+        (
+            {},
+            images(64, 96),
+            None,
+            "the model takes images of 64 x 64, got 64 x 96; create it with dynamic_img_size=True",
+        ),
         ({"dynamic_img_size": True}, images(64, 65), None, "images of 64 x 65 do not divide into patches of 16 x 16"),
         ({}, images(64, 64, channels=1), None, "the model takes images of 3 channels, got shape (2, 1, 64, 64)"),
         ({}, images(64), None, "expected images (batch, channels, 2 sizes), got shape (2, 3, 64)"),
-        ({}, images(64, 64), grid((3, 4)), "coordinates of shape (12, 2) do not place 2 x 16 patches; expected (16, 2)"),
+        (
+            {},
+            images(64, 64),
+            grid((3, 4)),
+            "coordinates of shape (12, 2) do not place 2 x 16 patches; expected (16, 2)",
+        ),
         ({}, images(64, 64), grid((4, 4)).expand(3, -1, -1), "coordinates of shape (3, 16, 2) do not place 2 x 16"),
         ({}, images(64, 64), grid((2, 2, 4)), "coordinates have 3 axes, but the positions were made for 2"),
         ({}, images(64, 64), grid((4, 4)) / 0, "coordinates of 16 tokens are NaN or infinite"),

@@ -3,6 +3,7 @@
 A position scheme is a function of coordinates. Attention asks it what to do and never asks which scheme it is.
 """
 
-__version__ = "0.1.0"
+from .vit import RopeViT  # registers the timm models
 
-from . import vit as vit  # registers the timm models
+__version__ = "0.1.0"
+__all__ = ["RopeViT"]

@@ -18,7 +18,7 @@ def kernel(position: Position, displacements: Tensor, layer: int = 0) -> Tensor:
     if turn is None:
         raise ValueError("a kernel needs a rotary scheme, such as axial or mixed; this one rotates nothing")
     cosines = turn[layer % len(turn), 0, ..., 0].mean(dim=-1)  # (N, H)
-    return cosines.t().unflatten(1, displacements.shape[:-1])
+    return cosines.t().reshape(-1, *displacements.shape[:-1])
 
 
 def reversibility_margin(position: Position, grid: tuple[int, ...], layer: int = 0) -> float:

@@ -24,10 +24,11 @@ def plot_kernel(
     torch.manual_seed(0)
     with torch.no_grad():
         schemes = [build(spec, layout) for spec in specs]
-        maps = [kernel(scheme, plane)[0] for scheme in schemes]
-        along = [kernel(s, torch.stack((torch.zeros_like(distance), distance), dim=-1))[0] for s in schemes]
-        across = [kernel(s, torch.stack((distance, distance), dim=-1) / 2**0.5)[0] for s in schemes]
+        maps = [kernel(scheme, plane)[0].numpy() for scheme in schemes]
+        along = [kernel(s, torch.stack((torch.zeros_like(distance), distance), dim=-1))[0].numpy() for s in schemes]
+        across = [kernel(s, torch.stack((distance, distance), dim=-1) / 2**0.5)[0].numpy() for s in schemes]
 
+    steps = distance.numpy()
     figure = Figure(figsize=(3.1 * len(specs) + 0.6, 5.6), layout="constrained")
     axes = figure.subplots(2, len(specs), squeeze=False, height_ratios=[1.15, 1])
     extent = (1 - grid[1] - 0.5, grid[1] - 0.5, grid[0] - 0.5, 1 - grid[0] - 0.5)
@@ -35,8 +36,8 @@ def plot_kernel(
         top, bottom = axes[0, column], axes[1, column]
         image = top.imshow(maps[column], vmin=-1, vmax=1, cmap="RdBu_r", extent=extent)
         top.set(title=spec, xlabel="columns apart", ylabel="rows apart" if column == 0 else "")
-        bottom.plot(distance, along[column], label="along a row")
-        bottom.plot(distance, across[column], "--", label="along the diagonal")
+        bottom.plot(steps, along[column], label="along a row")
+        bottom.plot(steps, across[column], "--", label="along the diagonal")
         bottom.axhline(0, color="0.7", linewidth=0.8, zorder=0)
         bottom.set(xlabel="distance (patches)", ylabel="K" if column == 0 else "", ylim=(-0.6, 1.05))
     axes[1, 0].legend(frameon=False)

@@ -80,7 +80,7 @@ class RopeBlock(Block):
 
 
 class PatchEmbed2d(PatchEmbed):
-    """timm's PatchEmbed to (B, rows, columns, D), sizes checked elsewhere: its own check makes a graph for each size."""
+    """timm's PatchEmbed to (B, rows, columns, D), without its check of sizes, which makes a graph for each."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to vectors (B, rows, columns, D)."""

@@ -1,0 +1,73 @@
+"""What the README and CONTRIBUTING show, run as it stands there."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vit_rope.positions import base, schemes
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_python_blocks_run():
+    space: dict = {}
+    for block in blocks(README, "python"):
+        exec(compile(block, "README.md", "exec"), space)
+    assert space["logits"].shape == (1, 1000)
+    assert space["out"].shape == (2, 6, 197, 64)
+
+
+def test_the_contributed_scheme_runs():
+    name = "spiral"
+    try:
+        exec(blocks((ROOT / "CONTRIBUTING.md").read_text(), "python")[0], {"__name__": "spiral"})
+        layout = base.Layout(width=64, heads=2, grid=(4, 4))
+        assert base.build("spiral(base=20) + learned", layout)(layout.coords()).turn_q.shape == (1, 1, 16, 1, 16, 2)
+    finally:
+        base._SCHEMES.pop(name, None)
+
+
+def test_the_table_names_every_scheme():
+    table = README.partition("## Schemes")[2].partition("```")[0]
+    for name in schemes():
+        assert f"`{name}" in table, name
+
+
+def test_quick_start_is_two_commands():
+    section = README.partition("## Quick start")[2].partition("\n## ")[0]
+    assert len(blocks(section, "bash")) == 2
+    assert section.count("```") == 4
+
+
+def test_files_that_the_pages_link_to_exist():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+@pytest.mark.slow
+def test_the_main_job_reaches_its_score(tmp_path):
+    first = blocks(README.partition("## Quick start")[2], "bash")[0]
+    command = shlex.split(first.splitlines()[-1])
+    assert command[:2] == ["python", "train.py"]
+    done = subprocess.run(
+        [sys.executable, *command[1:], "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    last = done.stdout.strip().splitlines()[-1]
+    score = float(re.fullmatch(r"val/acc (\d\.\d+)", last)[1])
+    assert score >= 0.975
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["val/acc"] == pytest.approx(score, abs=5e-5)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(row.get("val/acc") == pytest.approx(score, abs=5e-5) for row in rows)
