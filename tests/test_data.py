@@ -344,8 +344,7 @@ def test_empty_folders(folder, tmp_path):
         ImageFolder(str(tmp_path / "bare"))
 
 
-@pytest.mark.parametrize("content", [b"", b"no image at all", "half"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("content", "workers"), [(b"", 0), (b"no image at all", 0), ("half", 0), (b"", 1)])
 def test_broken_images_are_named(folder, content, workers):
     path = folder / "train" / "dog" / "2.png"
     path.write_bytes(path.read_bytes()[:60] if content == "half" else content)

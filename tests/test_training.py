@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import timm
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+from vit_rope.training import callbacks
 from vit_rope.training.callbacks import EMA
 from vit_rope.training.classification import Classification
 from vit_rope.training.cli import main
@@ -432,6 +435,16 @@ def test_options_train(config, tmp_path, args):
     run("fit", "--config", config, "--out", tmp_path / "r", "--trainer.max_epochs", 1, *args)
     steps = 2 if "--trainer.accumulate_grad_batches" in args else 4
     assert load(tmp_path / "r", "last")["global_step"] == steps
+
+
+def test_terminal_shows_loss_accuracy_speed_and_time_left(config, tmp_path, monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr(callbacks, "Console", lambda **_: Console(file=said, force_terminal=True, width=80))
+    run("fit", "--config", config, "--out", tmp_path / "r", "--trainer.limit_train_batches", 10)
+    run("validate", "--ckpt_path", tmp_path / "r")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.getvalue())
+    assert re.search(r"100%  epoch 2/2  loss \d\.\d+  val/acc 0\.\d+  [\d,]+ images/s  0:00 left", shown)
+    assert "100%  batch 4 of 4" in shown
 
 
 # The parts

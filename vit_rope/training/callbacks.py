@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from torch import Tensor
 
 
@@ -143,7 +144,7 @@ class ProgressLine(ProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # the clock still runs over validation, so that the time left is honest; the speed is the training's alone
         speed = self.images / max(self.recent[-1][0] - self.epoch_started, 1e-9) if self.recent else 0.0
-        pl_module.log("train/images_per_s", speed)
+        pl_module.log("train/images_per_s", speed, sync_dist=True)
         for name in ("train/loss", "val/loss", "val/acc"):
             if name in trainer.callback_metrics:
                 self.shown[name.replace("train/", "")] = float(trainer.callback_metrics[name])
@@ -168,13 +169,11 @@ class ProgressLine(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self.bar is None:
-            return
-        total = trainer.num_val_batches if trainer.state.fn == "validate" else trainer.num_test_batches
-        if trainer.state.fn == "fit":
-            self.bar.update(self.task, text=f"validating, batch {batch_idx + 1}")
-        else:
-            self.bar.update(self.task, completed=batch_idx + 1, total=sum(total), text="")
+        if self.bar is not None and trainer.state.fn == "fit":
+            self.bar.update(self.task, text=f"epoch {trainer.current_epoch + 1}  validating, batch {batch_idx + 1}")
+        elif self.bar is not None:
+            total = sum(trainer.num_val_batches if trainer.state.fn == "validate" else trainer.num_test_batches)
+            self.bar.update(self.task, completed=batch_idx + 1, total=total, text=f"batch {batch_idx + 1} of {total}")
 
     on_test_batch_end = on_validation_batch_end
 
@@ -192,8 +191,8 @@ class ProgressLine(ProgressBar):
 
     def _open(self, total: int | None) -> None:
         if self.on and self.console.is_terminal:
-            columns = (BarColumn(20), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[text]}"))
-            self.bar = Progress(*columns, console=self.console, refresh_per_second=4)
+            text = TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}", table_column=Column(no_wrap=True))
+            self.bar = Progress(text, BarColumn(None), console=self.console, expand=True, refresh_per_second=4)
             self.task = self.bar.add_task("", total=total, text="starting")
             self.bar.start()
 
@@ -203,7 +202,10 @@ class ProgressLine(ProgressBar):
             self.bar = None
 
     def _text(self, trainer: Trainer, speed: float) -> str:
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in self.shown.items())
+        shown = dict(self.shown)
+        if self.bar is not None and "val/acc" in shown:
+            shown.pop("val/loss", None)  # a terminal is 80 characters wide
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
         text = f"epoch {trainer.current_epoch + 1}{last}  {numbers}  {speed:,.0f} images/s"
         if self.total and self.batches:
