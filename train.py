@@ -4,7 +4,12 @@ Everything can be set on the command line too, such as `--model.model_args.posit
 `python train.py fit --help` lists it. `--import MODULE` makes position schemes of your own known.
 """
 
-from vit_rope.training.cli import main
+import os
 
 if __name__ == "__main__":
+    # waiting threads sleep; by default they spin, which on cores shared with other work is ten times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+
+    from vit_rope.training.cli import main
+
     main()

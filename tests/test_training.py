@@ -259,7 +259,7 @@ def test_unknown_keys_end_with_a_message(config, tmp_path, capsys, key, message)
 def test_unknown_key_in_a_file(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**CONFIG, "trainr": {"max_epochs": 1}}))
     with pytest.raises(SystemExit) as caught:
-        main(["fit", "--config", str(tmp_path / "bad.yaml")])
+        main(["fit", "--config", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "r")])
     assert caught.value.code == 2
     assert "trainr" in capsys.readouterr().err
 
