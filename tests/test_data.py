@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from vit_rope.training.data import CIFAR, Augment, Digits, FashionMNIST, Images, Order, find_idx, hold_out, read_idx
+from vit_rope.training.batches import Augment, Images, Order
+from vit_rope.training.data import CIFAR, Digits, FashionMNIST, find_idx, hold_out, read_idx
 from vit_rope.training.folder import ImageFolder
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

@@ -1,4 +1,4 @@
-"""Small image sets that live in memory: kept as bytes, cut into batches by one indexing, changed a batch at a time.
+"""Small image sets that live in memory: kept as bytes, cut into batches by one indexing.
 
 Every module gives (images (B, C, H, W) float32 in [-1, 1], labels (B,) int64), says `num_classes`, `in_chans` and
 `img_size`, and draws the order of an epoch from (seed, epoch) alone, so that a resumed run goes on as it would have.
@@ -7,7 +7,7 @@ Every module gives (images (B, C, H, W) float32 in [-1, 1], labels (B,) int64), 
 import gzip
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,128 +15,16 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import FashionMNIST as Download
 from torchvision.transforms import v2
 
+from .batches import Augment, Images, Split, as_it_is, loader
+
 Strength = Literal["none", "light", "strong"]
-Split = tuple[Tensor, Tensor]  # images (N, C, H, W) uint8, labels (N,) int64
-
-
-class Order(Sampler[int]):
-    """One process's share of an epoch's indices, shuffled by (seed, epoch) or in file order.
-
-    Shuffled shares are of equal length (a few indices come twice); others are disjoint. With `repeats`, each image
-    of an epoch comes that many times and the epoch keeps its length (arXiv:1902.05509).
-    """
-
-    def __init__(self, length: int, shuffle: bool, rank: int = 0, world: int = 1, repeats: int = 1):
-        self.length, self.shuffle, self.rank, self.world, self.repeats = length, shuffle, rank, world, repeats
-        self.seed, self.epoch = torch.initial_seed(), 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return math.ceil(self.length / self.world) if self.shuffle else len(range(self.rank, self.length, self.world))
-
-    def __iter__(self) -> Iterator[int]:
-        if not self.shuffle:
-            return iter(range(self.rank, self.length, self.world))
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(self.length, generator=generator).repeat_interleave(self.repeats).tolist()
-        order += order[: self.world]
-        return iter(order[self.rank :: self.world][: len(self)])
-
-
-class Augment(nn.Module):
-    """Random changes, drawn for each image of a batch (B, C, H, W) in [-1, 1]; what comes in from outside is black.
-
-    Args:
-        flip: mirror every second image
-        shift: move by up to this share of a side, by whole pixels where nothing turns or scales
-        turn: rotate by up to this many degrees
-        scale: grow or shrink by up to this share
-        contrast: brightness and contrast change by up to this share
-        erase: this share of the images loses a rectangle of up to a third of each side
-    """
-
-    def __init__(
-        self,
-        flip: bool = False,
-        shift: float = 0.0,
-        turn: float = 0.0,
-        scale: float = 0.0,
-        contrast: float = 0.0,
-        erase: float = 0.0,
-    ):
-        super().__init__()
-        self.flip, self.shift, self.turn = flip, shift, turn
-        self.scale, self.contrast, self.erase = scale, contrast, erase
-
-    def forward(self, images: Tensor) -> Tensor:
-        count, _, height, width = images.shape
-        if self.flip or self.shift or self.turn or self.scale:
-            side = torch.tensor([width, height])
-            move = self._within(count, 2, limit=self.shift) * 2  # affine_grid's sides are 2 long
-            if not (self.turn or self.scale):
-                move = (move * side / 2).round() * 2 / side
-            angle = self._within(count, limit=math.radians(self.turn))
-            size = (1 + self._within(count, limit=self.scale)).reciprocal()
-            mirror = torch.where(torch.rand(count) < 0.5 * self.flip, -1.0, 1.0)
-            cos, sin, aspect = angle.cos() * size, angle.sin() * size, height / width
-            rows = (
-                torch.stack((cos * mirror, -sin * aspect, move[:, 0]), dim=1),
-                torch.stack((sin * mirror / aspect, cos, move[:, 1]), dim=1),
-            )
-            grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-            images = F.grid_sample(images + 1, grid, align_corners=False) - 1
-        if self.contrast:
-            gain = 1 + self._within(count, 1, 1, 1, limit=self.contrast)
-            images = (images * gain + self._within(count, 1, 1, 1, limit=self.contrast)).clamp(-1, 1)
-        if self.erase:
-            hole = self._span(count, height)[:, :, None] & self._span(count, width)[:, None, :]
-            hole &= torch.rand(count, 1, 1) < self.erase
-            images = torch.where(hole[:, None], torch.rand_like(images) * 2 - 1, images)
-        return images
-
-    @staticmethod
-    def _within(*shape: int, limit: float) -> Tensor:
-        return (torch.rand(shape) * 2 - 1) * limit
-
-    @staticmethod
-    def _span(count: int, length: int) -> Tensor:
-        """Masks (count, length) of one random run each, up to a third of the length."""
-        run = torch.rand(count, 1) * length / 3
-        start = torch.rand(count, 1) * (length - run)
-        cell = torch.arange(length)
-        return (cell >= start) & (cell < start + run)
-
-
-class Images(Dataset[Any]):
-    """A split in memory; `images[indices]` gives a whole batch at once, which DataLoader asks for by `__getitems__`."""
-
-    def __init__(self, split: Split, each: Sequence[Callable[[Tensor], Tensor]] = (), batch: nn.Module | None = None):
-        (self.images, self.labels), self.each, self.batch = split, each, batch
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        images, labels = self.__getitems__([index])
-        return images[0], int(labels[0])
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.tensor(indices)
-        images = self.images[chosen]
-        for transform in self.each:
-            images = torch.stack([transform(image) for image in images])
-        images = images.float() / 127.5 - 1
-        return images if self.batch is None else self.batch(images), self.labels[chosen]
 
 
 class InMemory(LightningDataModule):
@@ -192,28 +80,7 @@ class InMemory(LightningDataModule):
         return self._loader("test", Images(self.splits["test"]))
 
     def _loader(self, split: str, images: Images) -> DataLoader[Any]:
-        return loader(images, split, self.batch_size, self.workers, self.trainer, collate_fn=_as_it_is)
-
-
-def loader(
-    images: Any, split: str, batch_size: int, workers: int, trainer: Any, repeats: int = 1, **options: Any
-) -> DataLoader[Any]:
-    """A DataLoader over this process's share: shuffled, in whole batches for `train`, else everything in order."""
-    rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-    train = split == "train"
-    order = Order(len(images), train, rank, world, repeats)
-    if train and len(order) < batch_size:
-        raise ValueError(f"batch_size {batch_size} is more than the {len(order)} training images of each process")
-    return DataLoader(
-        dataset=images,
-        batch_size=batch_size,
-        sampler=order,
-        drop_last=train,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        **options,
-    )
+        return loader(images, split, self.batch_size, self.workers, self.trainer, collate_fn=as_it_is)
 
 
 class Digits(InMemory):
@@ -347,7 +214,3 @@ def read_idx(path: Path, axes: int) -> Tensor:
     if len(content) - start != math.prod(shape):
         raise ValueError(f"{path} should hold {math.prod(shape)} bytes for {shape}, but has {len(content) - start}")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

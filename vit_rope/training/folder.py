@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from .data import Strength, loader
+from .batches import loader
+from .data import Strength
 
 
 class Files(Dataset[Any]):
