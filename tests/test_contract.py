@@ -4,14 +4,13 @@ import copy
 import io
 
 import pytest
-import timm
 import torch
 from torch._dynamo.testing import CompileCounter
 
-import vit_rope  # noqa: F401  registers the models
 from vit_rope.attention import attend
 from vit_rope.positions import Encoding, Layout, Position, build, schemes
 from vit_rope.positions.coords import grid
+from vit_rope.vit import RopeViT
 
 GRIDS = {1: (7,), 2: (4, 5), 3: (2, 3, 4)}
 SPECS = [*schemes(), "learned + mixed", "axial + mixed", "sincos(axes=1) + flat", 'axial(pairs="half", share="rest")']
@@ -211,39 +210,41 @@ def test_attention_returns_the_type_it_was_given(spec, axes, dtype):
     assert position.embed(x, coords).dtype == dtype
 
 
-SIZES = [(32, 32), (32, 48), (48, 32), (64, 64), (40, 56), (80, 32)]
+SIZES = {
+    1: [(32,), (48,), (40,), (64,), (56,), (80,)],
+    2: [(32, 32), (32, 48), (48, 32), (64, 64), (40, 56), (80, 32)],
+    3: [(16, 24, 32), (24, 24, 32), (16, 16, 16), (32, 16, 24), (24, 40, 16), (16, 32, 48)],
+}
 
 
-def small_vit(spec):
+def small_vit(spec, axes):
     torch.manual_seed(0)
-    return timm.create_model(
-        "vit_rope_test_patch16_64", position=spec, dynamic_img_size=True, img_size=32, patch_size=8, depth=2,
-        embed_dim=48, num_classes=5,
-    ).eval()  # fmt: skip
+    size = {"embed_dim": 48, "depth": 1, "num_heads": 2, "num_classes": 5, "dynamic_img_size": True}
+    return RopeViT(SIZES[axes][0], (8,) * axes, position=spec, **size).eval()
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_two_graphs_serve_six_sizes(spec):
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_two_graphs_serve_six_sizes(spec, axes):
     torch._dynamo.reset()
-    model, counter = small_vit(spec), CompileCounter()
+    model, counter = small_vit(spec, axes), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    for size in SIZES:
+    for size in SIZES[axes]:
         x = torch.randn(2, 3, *size)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_one_export_serves_other_sizes(spec):
-    model = small_vit(spec)
-    batch, rows, columns = (torch.export.Dim(name, min=2, max=16) for name in ("batch", "rows", "columns"))
-    shapes = ({0: batch, 2: 8 * rows, 3: 8 * columns},)
-    program = torch.export.export(model, (torch.randn(2, 3, 32, 48),), dynamic_shapes=shapes)
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_one_export_serves_other_sizes(spec, axes):
+    model = small_vit(spec, axes)
+    dims = [8 * torch.export.Dim(f"cells_{a}", min=2, max=16) for a in range(axes)]
+    shapes = ({0: torch.export.Dim("batch", min=2, max=16)} | {2 + a: dim for a, dim in enumerate(dims)},)
+    program = torch.export.export(model, (torch.randn(2, 3, *SIZES[axes][1]),), dynamic_shapes=shapes)
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             assert not value.is_complex()
             assert value.dtype != torch.float64
-    for size in SIZES:
+    for size in SIZES[axes]:
         x = torch.randn(3, 3, *size)
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
