@@ -55,7 +55,7 @@ class InMemory(LightningDataModule):
         if batch_size < 1 or workers < 0:
             raise ValueError(f"data want batch_size >= 1 and workers >= 0, got {batch_size} and {workers}")
         self.batch_size, self.workers, self.transforms = batch_size, workers, transforms or []
-        strong = self.light | {"turn": 10.0, "scale": 0.1, "contrast": 0.2, "erase": 0.25}
+        strong = {"shift": 0.08} | self.light | {"turn": 10.0, "scale": 0.1, "contrast": 0.2, "erase": 0.25}
         options: dict[str, dict[str, Any]] = {"none": {}, "light": self.light, "strong": strong}
         if augment not in options:
             raise ValueError(f"augment is none, light or strong, got {augment!r}")
@@ -109,7 +109,7 @@ class FashionMNIST(InMemory):
     """
 
     num_classes, in_chans, img_size = 10, 1, 28
-    light: ClassVar[dict[str, Any]] = {"flip": True, "shift": 0.08}
+    light: ClassVar[dict[str, Any]] = {"flip": True}
 
     def __init__(
         self,
