@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .positions import Layout, Position, build
-from .positions import coords as places
+from ..positions import Layout, Position, build
+from ..positions import coords as places
 
 Origin = float | str | Sequence[float]
 UNITS = ("index", "pixel", *places.UNITS[1:])

@@ -1,0 +1,102 @@
+"""diffusers' attention with positions, and what carries the grid of a flattened map to it.
+
+A position scheme is a function of coordinates. diffusers runs attention through a processor, which anybody may replace;
+here replacing it is an error, for it would drop the positions without a word. A transformer flattens its map before
+attention sees it, so it hands the grid on with the tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor
+
+from ..attention import attend
+from ..positions import Position
+from .maps import MapLayout
+
+
+class PositionProcessor:
+    """What diffusers' AttnProcessor2_0 computes, for self-attention with positions."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        grid: Sequence[int] | None = None,
+    ) -> Tensor:
+        """A map (B, C, H, W), or its tokens (B, H·W, C) and `grid` (H, W), to the same shape."""
+        if encoder_hidden_states is not None:
+            raise ValueError("this attention has positions, and keys from elsewhere (encoder_hidden_states) have none")
+        x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+        if x.ndim == 4:
+            grid, x = x.shape[-2:], x.flatten(2).transpose(1, 2)
+        if grid is None:
+            raise ValueError("this attention has positions; give it a map (B, C, H, W), or tokens and grid=(H, W)")
+        batch, tokens, _ = x.shape
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        coords, grid = attn.layout.coords(grid, x.device), list(grid)
+        x = attn.position.embed(x, coords, grid)
+        q, k, v = (to(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in (attn.to_q, attn.to_k, attn.to_v))
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        x = attend(q, k, v, attn.position(coords, grid=grid), mask=attention_mask)
+        x = attn.to_out[1](attn.to_out[0](x.transpose(1, 2).flatten(2)))
+        if hidden_states.ndim == 4:
+            x = x.transpose(-1, -2).reshape(hidden_states.shape)
+        if attn.residual_connection:
+            x = x + hidden_states
+        return x / attn.rescale_output_factor
+
+
+class PlacedAttention(Attention):
+    """Self-attention with positions, which no other processor may drop."""
+
+    layout: MapLayout
+    position: Position
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._check(self.processor)
+        return super().forward(*args, **kwargs)
+
+    def set_processor(self, processor: Any) -> None:
+        self._check(processor)
+        super().set_processor(processor)
+
+    def fuse_projections(self, fuse: bool = True) -> None:
+        raise ValueError("attention with positions cannot fuse its projections; call remove_positions first")
+
+    def _check(self, processor: Any) -> None:
+        if type(processor) is not PositionProcessor:
+            raise ValueError(
+                f"{type(processor).__name__} would drop the positions of this attention: slicing, xformers, adapters "
+                f"and other processors do not go with positions; leave them out, or call remove_positions first"
+            )
+
+
+class UnplacedAttention(Attention):
+    """Cross-attention, whose keys have no place: it leaves the grid to its neighbour."""
+
+    def forward(self, *args: Any, grid: Sequence[int] | None = None, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs)
+
+
+class GridTransformer2DModel(Transformer2DModel):
+    """A transformer that tells its attention what grid the tokens come from.
+
+    As an argument, not an attribute: a block which gradient checkpointing runs again still has its own grid, whatever
+    shape of image came in between.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        options = kwargs.get("cross_attention_kwargs") or {}
+        kwargs["cross_attention_kwargs"] = options | {"grid": hidden_states.shape[-2:]}
+        return super().forward(hidden_states, *args, **kwargs)
