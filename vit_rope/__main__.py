@@ -7,6 +7,7 @@ VERBS = {
     "fit": "train a model from a YAML file: fit --config configs/digits_vit.yaml",
     "validate": "score a checkpoint on the validation set: validate --ckpt_path RUN",
     "test": "score a checkpoint on the test set: test --ckpt_path RUN",
+    "sample": "draw images from a trained denoiser: sample RUN --n 64 --steps 50 --out samples.png",
     "schemes": "list every position scheme",
     "plot": "draw a picture: plot kernel axial mixed --out kernel.png",
 }
@@ -20,6 +21,10 @@ def main(args: Sequence[str] | None = None) -> None:
         from .training.cli import main as train
 
         train(args)
+    elif verb == "sample":
+        from .sampling import main as sample
+
+        sample(args[1:])
     elif verb == "schemes":
         print(scheme_table())
     elif verb == "plot":

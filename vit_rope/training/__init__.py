@@ -8,6 +8,7 @@ import importlib
 _HOMES = {
     "Classification": "classification",
     "CIFAR": "data",
+    "Diffusion": "diffusion",
     "Digits": "data",
     "FashionMNIST": "data",
     "ImageFolder": "folder",
@@ -21,6 +22,7 @@ __all__ = [
     "CIFAR",
     "EMA",
     "Classification",
+    "Diffusion",
     "Digits",
     "FashionMNIST",
     "ImageFolder",

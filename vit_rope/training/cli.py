@@ -18,11 +18,12 @@ from . import checkpoints
 from .callbacks import EMA, LastCheckpoint, ProgressLine
 from .classification import Classification, check_name
 from .data import CIFAR, Digits, FashionMNIST
+from .diffusion import Diffusion
 from .folder import ImageFolder
 from .logger import MetricsLogger
 from .run import RunFolder, occupied
 
-CLASSES = (Classification, Digits, FashionMNIST, CIFAR, ImageFolder)  # imported, and so known by their short names
+CLASSES = (Classification, Diffusion, Digits, FashionMNIST, CIFAR, ImageFolder)  # imported: known by short names
 
 
 class CLI(LightningCLI):
