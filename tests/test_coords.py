@@ -90,6 +90,11 @@ def test_take_follows_the_tokens():
             "coordinates of 2 tokens are NaN or infinite; drop those tokens instead",
         ),
         (
+            lambda: build("axial", Layout(width=32, heads=2, grid=(3, 3)))(torch.full((4, 2), float("nan"))),
+            ValueError,
+            "coordinates of 4 tokens are NaN or infinite; drop those tokens instead",
+        ),
+        (
             lambda: build("axial", Layout(width=32, heads=2, grid=(3, 3)))(torch.zeros(4, 3)),
             ValueError,
             "coordinates have 3 axes, but the positions were made for 2",

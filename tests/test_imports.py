@@ -13,7 +13,7 @@ ROOT = Path(vit_rope.__file__).parent
 LAYERS = [
     {"positions"},
     {"attention"},
-    {"vit", "unet", "unet_lucidrains", "feature_maps"},
+    {"vit", "unet", "denoiser"},
     {"convert", "analysis", "sampling", "training"},
     {"plots", "bench"},
     {"__main__"},
@@ -22,8 +22,8 @@ OUTSIDE = {  # packages that only these parts may import, and the parts that may
     "lightning": {"training"},
     "jsonargparse": {"training"},
     "matplotlib": {"plots"},
-    "timm": {"vit", "convert", "training", "bench", "__main__"},
-    "diffusers": {"unet", "sampling", "training", "bench"},
+    "timm": {"vit", "denoiser", "convert", "training", "bench", "__main__"},
+    "diffusers": {"unet", "denoiser", "sampling", "training", "bench"},
 }
 
 

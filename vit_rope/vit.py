@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .attention import attend, attend_packed
 from .positions import Encoding, Layout, Position, build
 from .positions import coords as places
-from .positions.absolute import learned_vectors, sincos_vectors
+from .positions.absolute import Learned, learned_vectors, sincos_vectors
 from .positions.base import InPython, in_python
 
 register_notrace_module(Position)
@@ -387,10 +387,11 @@ def _sizes(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: RopeViT) -> dict[str, Tensor]:
-    """timm's checkpoint filter, which fits patch kernels and timm's own table to the model's sizes."""
-    if isinstance(model.patch_embed, PatchEmbedNd):
-        return state_dict
-    return timm_vit.checkpoint_filter_fn(state_dict, model)
+    """Weights as this model needs them: patch kernels and tables of other sizes are resampled."""
+    if not isinstance(model.patch_embed, PatchEmbedNd):
+        state_dict = timm_vit.checkpoint_filter_fn(state_dict, model)
+    tables = {f"{name}.table": module for name, module in model.named_modules() if isinstance(module, Learned)}
+    return {key: tables[key].fit(value) if key in tables else value for key, value in state_dict.items()}
 
 
 def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:

@@ -96,12 +96,17 @@ class Learned(Position):
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
         return x + learned_vectors(self.table, coords, grid, self.layout).to(x.dtype)
 
+    def fit(self, stored: Tensor) -> Tensor:
+        """A stored table as this grid needs it, resampled if it is one of another grid."""
+        mine = self.table.shape
+        if stored.shape == mine or stored.ndim != len(mine) or stored.shape[-1] != mine[-1]:
+            return stored
+        return resample(stored.float(), self.layout.grid).to(stored.dtype)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        key, mine = f"{prefix}table", self.table.shape
+        key = f"{prefix}table"
         if key in state_dict:
-            stored = state_dict[key]
-            if stored.shape != mine and stored.ndim == len(mine) and stored.shape[-1] == mine[-1]:
-                state_dict[key] = resample(stored.float(), self.layout.grid).to(stored.dtype)
+            state_dict[key] = self.fit(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -52,12 +52,12 @@ def cell(
     return (coords + 1) * spans / 2 - 0.5
 
 
-def check(coords: Tensor, axes: int | None = None, finite: bool = False) -> Tensor:
+def check(coords: Tensor, axes: int | None = None, finite: bool | None = None) -> Tensor:
     """The coordinates (N, A) or (B, N, A) themselves, as float32 or float64.
 
     Raises TypeError where they are no tensor or in half precision, which cannot tell 257 from 256, and ValueError where
-    the shape is another, the number of axes is not `axes`, or (asked for by `finite`, for it waits for the device) a
-    value is NaN or infinite.
+    the shape is another, the number of axes is not `axes`, or a value is NaN or infinite. Looking at values waits for
+    the device, so it happens on the CPU alone unless `finite` says otherwise.
     """
     if not isinstance(coords, Tensor):
         raise TypeError(f"coordinates must be a tensor (tokens, axes), got {type(coords).__name__}")
@@ -74,6 +74,8 @@ def check(coords: Tensor, axes: int | None = None, finite: bool = False) -> Tens
             f"coordinates have {coords.shape[-1]} axes, but the positions were made for {axes}; "
             f"give coordinates of shape (tokens, {axes}) or build positions for a grid of {coords.shape[-1]} axes"
         )
+    if finite is None:
+        finite = coords.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
     if finite and not coords.isfinite().all():
         bad = int((~coords.isfinite()).any(dim=-1).sum())
         raise ValueError(f"coordinates of {bad} tokens are NaN or infinite; drop those tokens instead")
