@@ -7,8 +7,8 @@ Everything can be set on the command line too, such as `--model.model_args.posit
 import os
 
 if __name__ == "__main__":
-    # waiting threads sleep; by default they spin, which on cores shared with other work is ten times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+    # waiting threads soon sleep; by default they spin, which on cores that other work shares is several times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
 
     from vit_rope.training.cli import main
 
