@@ -51,7 +51,7 @@ def test_a_report_says_under_what_conditions(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "axial" in printed
     assert "1.040" in printed
-    rows = list(csv.DictReader(out.open()))
+    rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row["candidate"] for row in rows] == ["stock", "axial"]
     assert rows[1]["median"] == "1.04"
     assert {"device", "threads", "dtype", "torch"} <= set(rows[0])
@@ -61,7 +61,7 @@ def test_one_small_unet_is_measured(monkeypatch, tmp_path):
     pytest.importorskip("diffusers")
     monkeypatch.setattr(bench, "UNETS", {"8 x 8": (8, (16, 16), (False, True), 1)})
     main(["bench", "unet", "--specs", "none", "axial", "--rounds", "2", "--out", str(tmp_path / "unet.csv")])
-    rows = list(csv.DictReader((tmp_path / "unet.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "unet.csv").read_text().splitlines()))
     assert [row["candidate"] for row in rows] == ["stock", "none", "axial"] * 2
     assert all(float(row["median"]) > 0 for row in rows)
 

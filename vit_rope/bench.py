@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -72,7 +72,7 @@ def bench_unet(specs: Sequence[str] = ("none", "axial", "mixed", "learned"), rou
     found = []
     for name, (size, channels, attends, batch) in UNETS.items():
         torch.manual_seed(0)
-        stock = UNet2DModel(
+        stock: Any = UNet2DModel(
             sample_size=size,
             in_channels=3,
             out_channels=3,
@@ -113,7 +113,7 @@ def _sampling_step(unet: nn.Module, x: torch.Tensor, steps: torch.Tensor) -> Cal
 
 
 def report(found: Sequence[Ratio], out: str = "") -> None:
-    """Print ratios as a table and, where `out` is given, write them as CSV with the conditions they were measured in."""
+    """Print ratios as a table and, where `out` is given, write them as CSV with the conditions of the measurement."""
     table = Table("what", "candidate", "ratio", "quartiles", title="time against the first of each group")
     last = ""
     for row in found:

@@ -8,7 +8,7 @@ images that divides into patches.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -77,7 +77,7 @@ class RopeDiT(ModelMixin, ConfigMixin):
         self.patch_size, self.gradient_checkpointing = patch_size, False
         grid = self._grid(size)
         origin = position_origin if isinstance(position_origin, (int, float, str)) else tuple(position_origin)
-        self.layout = Layout(embed_dim, num_heads, grid, depth, position_unit, origin)
+        self.layout = Layout(embed_dim, num_heads, tuple(grid), depth, position_unit, origin)
         self.layout.coords()  # an origin that does not fit is found here
         self.scheme = build(position, self.layout)
         self.embed = nn.Linear(in_channels * patch_size**2, embed_dim)
@@ -118,7 +118,7 @@ class RopeDiT(ModelMixin, ConfigMixin):
         encoding = self.scheme(where, 0, None, None, grid)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, encoding, condition)
+                x = cast(Any, self)._gradient_checkpointing_func(block, x, encoding, condition)
             else:
                 x = block(x, encoding, condition)
         scale, shift = self.steer(condition)[:, None].chunk(2, dim=-1)
@@ -137,13 +137,13 @@ class RopeDiT(ModelMixin, ConfigMixin):
         timestep = timestep.to(sample.device).expand(len(sample))
         return self.time(timestep).to(self.time_embed.linear_1.weight.dtype)
 
-    def _grid(self, size: Sequence[int]) -> tuple[int, ...]:
+    def _grid(self, size: Sequence[int]) -> list[int]:
         if any(n % self.patch_size for n in size):
             raise ValueError(
                 f"images of {' x '.join(map(str, size))} do not divide into patches of {self.patch_size}; "
                 f"pad, crop or resize them to multiples of {self.patch_size}"
             )
-        return tuple(n // self.patch_size for n in size)
+        return [n // self.patch_size for n in size]
 
 
 if is_accelerate_available():  # learned frequencies keep their precision in from_pretrained(torch_dtype=…)

@@ -85,7 +85,8 @@ class PatchEmbed2d(PatchEmbed):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to vectors (B, rows, columns, D)."""
         if self.dynamic_img_pad:
-            x = nn.functional.pad(x, (0, -x.shape[3] % self.patch_size[1], 0, -x.shape[2] % self.patch_size[0]))
+            patch = cast(Any, self.patch_size)
+            x = nn.functional.pad(x, (0, -x.shape[3] % patch[1], 0, -x.shape[2] % patch[0]))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -276,7 +277,7 @@ class RopeViT(VisionTransformer):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups for layer decay, positions learning as slowly as the patch embedding."""
-        groups = super().group_matcher(coarse)
+        groups: dict[str, Any] = super().group_matcher(coarse)
         return groups | {"stem": groups["stem"] + "|^position"}
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
