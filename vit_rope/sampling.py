@@ -15,7 +15,9 @@ import itertools
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,7 +177,8 @@ def denoise(
             with_label, without = prediction.chunk(2)
             prediction = without + guidance * (with_label - without)
         image = to_image(config.prediction_type, noisy, prediction, signal, noise).clamp(-limit, limit)
-        x = scheduler.step((signal * noisy - image) / noise, time, x, **draws).prev_sample
+        with _no_deprecations():
+            x = scheduler.step((signal * noisy - image) / noise, time, x, **draws).prev_sample
         if watch is not None:
             last = i + 1 == len(scheduler.timesteps)
             watch((i + 1) / len(scheduler.timesteps), (x if last else noisy).clamp(-1, 1).cpu())
@@ -200,9 +203,18 @@ def make_scheduler(name: str, noise: Any, steps: int, device: torch.device | Non
     }
     cls = getattr(diffusers, kind)
     known = inspect.signature(cls.__init__).parameters
-    scheduler = cls(**{key: value for key, value in options.items() if key in known}, **own)
-    scheduler.set_timesteps(steps, device=device)
+    with _no_deprecations():
+        scheduler = cls(**{key: value for key, value in options.items() if key in known}, **own)
+        scheduler.set_timesteps(steps, device=device)
     return scheduler
+
+
+@contextmanager
+def _no_deprecations() -> Iterator[None]:
+    """Keep quiet about what diffusers' schedulers ask of NumPy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def levels(scheduler: Any, time: Tensor) -> tuple[float, float]:

@@ -1,0 +1,177 @@
+"""How good samples are, without the network: `vit-rope quality runs/fashion_ddpm --judge runs/fashion_vit`.
+
+The Fréchet distance (arXiv:1706.08500) between Gaussians fitted to features of real and of drawn images. The features
+are those of a classifier that this library trained on the same data, so values compare only under the same judge, and
+only at the same number of images: fewer seem farther. Real images of the test split, as many, give the floor.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+import vit_rope  # noqa: F401 - registers its models with timm
+
+from .. import sampling
+from . import checkpoints
+
+
+class Judge(nn.Module):
+    """A classifier of ours as a source of features, from the folder of a run of `Classification` or its exported/."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        folder = Path(folder, "exported") if Path(folder, "exported").is_dir() else Path(folder)
+        if not (folder / "model.safetensors").is_file():
+            raise FileNotFoundError(f"{folder} has no model.safetensors; --judge wants a finished run of a classifier")
+        self.model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().requires_grad_(False)
+        self.num_features = self.model.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, F) of images (B, C, H, W) in [-1, 1]."""
+        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+
+    def classes(self, images: Tensor) -> Tensor:
+        """The classes (B,) that it sees in images (B, C, H, W) in [-1, 1]."""
+        return torch.cat([self.model(part).argmax(dim=1) for part in images.split(256)])
+
+
+def frechet_distance(judge: nn.Module, real: Iterator[Tensor], *sets: Tensor) -> list[float]:
+    """The distance of each set of images (n, C, H, W) in [-1, 1] from the real ones, which come batch by batch."""
+    metric = FrechetInceptionDistance(judge, reset_real_features=False).eval()
+    for images in real:
+        metric.update(_in_steps(images), real=True)
+    distances = []
+    for images in sets:
+        metric.reset()
+        for part in images.split(256):
+            metric.update(_in_steps(part), real=False)
+        distances.append(float(metric.compute()))
+    return distances
+
+
+def _in_steps(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as they are once written to a file, so that none is told apart by finer shades."""
+    return sampling.to_bytes(images).float() / 127.5 - 1
+
+
+def copy_error(images: Tensor) -> float:
+    """Mean absolute difference between the left and the right half of images (B, C, H, W)."""
+    left, right = images.chunk(2, dim=3)
+    return float((left - right).abs().mean())
+
+
+def connected_parts(images: Tensor, threshold: float = -0.5) -> float:
+    """Into how many parts what is brighter than the threshold falls, on average over grey images (B, 1, H, W)."""
+    inside = images > threshold
+    height, width = images.shape[2:]
+    number = torch.arange(1.0, height * width + 1).view(1, 1, height, width)
+    labels = torch.where(inside, number, 0.0)
+    while True:  # each pixel takes the highest number around it until all of a part have the same
+        spread = torch.where(inside, nn.functional.max_pool2d(labels, 3, 1, 1), 0.0)
+        if torch.equal(spread, labels):
+            break
+        labels = spread
+    return float(torch.tensor([len(image.unique()) - (not bool(image.all())) for image in labels]).float().mean())
+
+
+def scores(
+    run: str | Path,
+    judge: str | Path,
+    n: int = 1000,
+    steps: int = 50,
+    scheduler: str = "ddim",
+    guidance: float = 1.0,
+    seed: int = 0,
+    root: str | None = None,
+    reference: int = 20_000,
+) -> dict[str, float]:
+    """Scores of n samples of a run: `fd`, `fd_floor` of n real test images, and what the images allow beside.
+
+    At most `reference` training images are what distances are measured from; `root` says where the data are now. A
+    model with classes draws them in turn, and `asked` is the share in which the judge sees the class that was asked
+    for. Images twice as wide as high are pairs: the judge sees the left one, and there is a `copy_error`; grey ones
+    fall into `parts`. These come with the value of real images, `…_real`.
+    Raises ValueError or FileNotFoundError for what is no run of `Diffusion` with a configuration inside.
+    """
+    trained = sampling.load(run)
+    data = load_data(run, root)
+    labels = list(range(trained.classes)) or None
+    jury = Judge(judge)
+    test = torch.cat(list(_images(data.test_dataloader(), n)))
+    if len(test) < n:
+        raise ValueError(f"the floor needs as many test images as samples, but there are only {len(test)}; lower n")
+    drawn = sampling.sample(trained, n, steps, scheduler, None, labels, guidance, seed)
+    train, further = _images(data.train_dataloader(), reference), dict[str, float]()
+    if drawn.shape[3] == 2 * drawn.shape[2]:
+        further = {"copy_error": copy_error(drawn), "copy_error_real": copy_error(test)}
+        train = (images.chunk(2, dim=3)[0] for images in train)
+        drawn, test = (images.chunk(2, dim=3)[0] for images in (drawn, test))
+    if labels:
+        asked = torch.tensor([labels[i % len(labels)] for i in range(n)])
+        further["asked"] = float((jury.classes(drawn) == asked).float().mean())
+    if drawn.shape[1] == 1:
+        further |= {"parts": connected_parts(drawn), "parts_real": connected_parts(test)}
+    fd, floor = frechet_distance(jury, train, drawn, test)
+    return {"n": n, "fd": fd, "fd_floor": floor} | further
+
+
+def load_data(run: str | Path, root: str | None = None) -> Any:
+    """The data module that a run was trained on, without its augmentation."""
+    path = checkpoints.find(str(run), "", "best")
+    config = yaml.safe_load(checkpoints.embedded_config(checkpoints.read(path), path, []))["data"]
+    module, _, name = config["class_path"].rpartition(".")
+    options = config.get("init_args", {}) | {"augment": "none", "transforms": None, "workers": 0}
+    if root is not None:
+        options["root"] = root
+    data = getattr(importlib.import_module(module), name)(**options)
+    data.setup("fit")
+    return data
+
+
+def _images(loader: Any, count: int) -> Iterator[Tensor]:
+    left = count
+    for images, _ in islice(loader, count):
+        yield images[:left]
+        left -= len(images)
+        if left <= 0:
+            break
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run `vit-rope quality`, which prints one score a line."""
+    parser = argparse.ArgumentParser("vit-rope quality", description="Score samples of a trained denoiser.")
+    parser.add_argument("run", help="a run of Diffusion: its folder, or one of its checkpoints")
+    parser.add_argument("--judge", required=True, help="a run of a classifier on the same data")
+    parser.add_argument("--n", type=int, default=1000, help="samples, and real images for the floor")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--scheduler", default="ddim", help=", ".join(sampling.SCHEDULERS))
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", help="the data's folder, where it is another than in training")
+    parser.add_argument("--out", type=Path, help="a JSON file for the scores")
+    options = vars(parser.parse_args(args))
+    out = options.pop("out")
+    try:
+        found = scores(**options)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=2) + "\n")
+    for name, value in found.items():
+        print(f"{name} {value:.4g}")
+
+
+if __name__ == "__main__":
+    main()
