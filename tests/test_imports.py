@@ -13,7 +13,7 @@ ROOT = Path(vit_rope.__file__).parent
 LAYERS = [
     {"positions"},
     {"attention"},
-    {"vit", "unet", "denoiser"},
+    {"patches", "vit", "unet", "denoiser"},
     {"convert", "analysis", "sampling", "training"},
     {"plots", "bench"},
     {"__main__"},
@@ -22,7 +22,7 @@ OUTSIDE = {  # packages that only these parts may import, and the parts that may
     "lightning": {"training"},
     "jsonargparse": {"training"},
     "matplotlib": {"plots"},
-    "timm": {"vit", "denoiser", "convert", "training", "bench", "__main__"},
+    "timm": {"patches", "vit", "denoiser", "convert", "training", "bench", "__main__"},
     "diffusers": {"unet", "denoiser", "sampling", "training", "bench"},
 }
 

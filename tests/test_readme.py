@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_rope.positions import base, schemes
+from vit_rope.positions import Layout, build, schemes, specs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,10 +31,10 @@ def test_the_contributed_scheme_runs():
     name = "spiral"
     try:
         exec(blocks((ROOT / "CONTRIBUTING.md").read_text(), "python")[0], {"__name__": "spiral"})
-        layout = base.Layout(width=64, heads=2, grid=(4, 4))
-        assert base.build("spiral(base=20) + learned", layout)(layout.coords()).turn_q.shape == (1, 1, 16, 1, 16, 2)
+        layout = Layout(width=64, heads=2, grid=(4, 4))
+        assert build("spiral(base=20) + learned", layout)(layout.coords()).turn_q.shape == (1, 1, 16, 1, 16, 2)
     finally:
-        base._SCHEMES.pop(name, None)
+        specs._SCHEMES.pop(name, None)
 
 
 def test_the_table_names_every_scheme():

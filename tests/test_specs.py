@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_rope.positions import Layout, Position, Rotary, Sum, base, build, register, schemes
+from vit_rope.positions import Layout, Position, Rotary, Sum, build, register, schemes, specs
 from vit_rope.positions.rotary import geometric
 
 LAYOUT = Layout(width=384, heads=6, grid=(14, 14), depth=12)
@@ -23,7 +23,7 @@ def scheme():
 
     yield add
     for name in names:
-        base._SCHEMES.pop(name, None)
+        specs._SCHEMES.pop(name, None)
 
 
 def test_every_name_is_listed_in_order():

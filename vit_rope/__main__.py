@@ -51,7 +51,7 @@ def scheme_table() -> str:
     """Every registered scheme with its options and the first line of its description, in aligned columns."""
     import inspect
 
-    from .positions.base import _SCHEMES
+    from .positions.specs import _SCHEMES
 
     rows = []
     for name, factory in sorted(_SCHEMES.items()):

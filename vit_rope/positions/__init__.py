@@ -1,8 +1,9 @@
 """Position schemes: functions of coordinates. This package needs torch alone."""
 
 from . import absolute, coords, rotary
-from .base import Encoding, Layout, Position, Sum, build, register, schemes
+from .base import Encoding, Layout, Position, Sum
 from .rotary import Rotary
+from .specs import build, register, schemes
 
 __all__ = [
     "Encoding",

@@ -1,4 +1,4 @@
-"""Absolute positions: what is added to the tokens themselves, before the first layer."""
+"""Absolute positions: what is added to the tokens themselves, before the first layer; and nothing, to compare with."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .base import Layout, Position, no_autocast, register
+from .base import Layout, Position, no_autocast
+from .specs import register
 
 
 @torch.fx.wrap
@@ -132,3 +133,9 @@ class SinCos(Position):
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
         return x + sincos_vectors(coords, grid, self.layout, self.base, self.flattened).to(x.dtype)
+
+
+@register
+def none(layout: Layout) -> Position:
+    """No positions at all: the honest baseline, for which tokens form a set."""
+    return Position()

@@ -21,7 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .base import Encoding, Layout, Position, register
+from .base import Encoding, Layout, Position
+from .specs import register
 
 Pairs = Literal["interleaved", "half"]
 

@@ -1,0 +1,136 @@
+"""How to name a position scheme.
+
+A spec names a scheme, its options, modifiers and sums: "axial(base=100)", "learned + mixed". It is the value in YAML,
+the argument on the command line and the label of a plot. Building one never imports a module, for a spec may come with
+a downloaded config: a scheme from elsewhere is registered by importing its module.
+"""
+
+import ast
+import difflib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from .base import Layout, Position, Sum
+
+Factory = Callable[..., Position]
+F = TypeVar("F", bound=Factory)
+_SCHEMES: dict[str, Factory] = {}
+
+
+def register(factory: F) -> F:
+    """Make `factory(layout, *schemes, **options)` known to specs by its own lower-case name.
+
+    Parameters without a default are schemes to modify, those with one are options. Raises ValueError for a taken name.
+    """
+    name = factory.__name__.lower()
+    if name in _SCHEMES:
+        raise ValueError(f"position scheme {name!r} is registered already, by {_SCHEMES[name].__module__}")
+    _SCHEMES[name] = factory
+    return factory
+
+
+def schemes() -> list[str]:
+    """Every registered name, sorted."""
+    return sorted(_SCHEMES)
+
+
+def build(spec: str, layout: Layout) -> Position:
+    """The scheme that `spec` names, e.g. "mixed(base=10) + learned", for a model of this layout.
+
+    Raises TypeError where spec is no string and ValueError where it cannot be read, names what does not exist, or asks
+    for what the layout does not allow.
+    """
+    if not isinstance(spec, str):
+        raise TypeError(f'a position spec is a string such as "axial(base=100)", got {type(spec).__name__}')
+    if len(spec) > 1000:
+        raise ValueError(f"a position spec has at most 1000 characters, got {len(spec)}")
+    try:
+        tree = ast.parse(spec.strip(), mode="eval").body
+        position = _build(tree, layout)
+    except SyntaxError as error:
+        raise ValueError(f'cannot read position spec {spec!r}: expected e.g. "axial(base=100) + learned"') from error
+    except (ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"cannot build position {spec!r}: {error or type(error).__name__}") from error
+    position.axes = layout.axes
+    return position
+
+
+def _build(node: ast.expr, layout: Layout) -> Position:
+    match node:
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return Sum(*(part for side in (left, right) for part in _parts(_build(side, layout))))
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=keywords):
+            return _call(name, layout, [_build(argument, layout) for argument in arguments], _options(name, keywords))
+        case ast.Name(id=name):
+            return _call(name, layout, [], {})
+    raise ValueError(f"expected name, name(option=value) or a sum of these, not {ast.unparse(node)!r}")
+
+
+def _parts(position: Position) -> list[Position]:
+    return [cast(Position, part) for part in position.parts] if isinstance(position, Sum) else [position]
+
+
+def _options(name: str, keywords: list[ast.keyword]) -> dict[str, Any]:
+    options = {}
+    for keyword in keywords:
+        if keyword.arg is None:
+            raise ValueError(f"{name} takes options as name=value, not **{ast.unparse(keyword.value)}")
+        try:
+            value = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError) as error:
+            text = ast.unparse(keyword.value)
+            raise ValueError(f"{name}({keyword.arg}=…) takes a number, a string or a tuple, not {text}") from error
+        options[keyword.arg] = tuple(value) if isinstance(value, list) else value
+    return options
+
+
+def _call(name: str, layout: Layout, parts: list[Position], options: dict[str, Any]) -> Position:
+    if name not in _SCHEMES:
+        near = difflib.get_close_matches(name, _SCHEMES, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"no position scheme is called {name!r}; {hint}There are: {', '.join(schemes())}")
+    factory = _SCHEMES[name]
+    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    wanted = [p.name for p in parameters if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
+    if len(parts) != len(wanted):
+        kind = f"modifies {len(wanted)} scheme(s) ({', '.join(wanted)})" if wanted else "modifies no other scheme"
+        raise ValueError(f"{name} {kind}, got {len(parts)}; options are written name=value")
+    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    allowed = {p.name: hints.get(p.name, Any) for p in parameters if p.name not in wanted}
+    for option, value in options.items():
+        if option not in allowed:
+            raise ValueError(f"{name} has no option {option!r}; it takes {', '.join(allowed) or 'none'}")
+        if not _accepts(allowed[option], value):
+            raise ValueError(f"{name}({option}=…) takes {_describe(allowed[option])}, got {value!r}")
+    return factory(layout, *parts, **options)
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    """Whether a literal fits a type hint, as far as options of schemes use hints."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_accepts(argument, value) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) > 0 and all(_accepts(arguments[0], item) for item in value)
+    if hint in (float, int):
+        kinds = (float, int) if hint is float else int
+        return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    return hint is Any or (value is None if hint is type(None) else isinstance(value, hint))
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return " or ".join(repr(argument) for argument in arguments)
+    if origin is tuple:
+        return f"a tuple, each item {_describe(arguments[0])}"
+    names = {float: "a finite number", int: "a whole number", bool: "True or False", str: "a string"}
+    return names.get(hint, str(hint))
