@@ -80,7 +80,7 @@ def report(summary: dict[str, Any], monitor: str, folder: Path) -> None:
     }
     for key, value in rows.items():
         table.add_row(key, value, end_section=key == "time")
-    Console(soft_wrap=True).print(table)
+    Console(width=1000).print(table)  # as wide as its longest path, which nobody could copy from two lines
     print(f"{monitor} {_score(summary[monitor])}", flush=True)
 
 
