@@ -48,8 +48,8 @@ def study(
     seeds: Sequence[int],
     out: Path,
     judge: str | None = None,
-    n: int = 1000,
-    steps: int = 25,
+    n: int = 500,
+    steps: int = 20,
     options: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Run a configuration with every position and seed, and gather what each reached, as one row a run.
@@ -81,7 +81,7 @@ def _scores(folder: Path, judge: str, n: int, steps: int) -> dict[str, float]:
     path = folder / "quality.json"
     if not path.is_file():
         last = folder / "checkpoints" / "last.ckpt"
-        path.write_text(json.dumps(scores(last, judge, n, steps)) + "\n")
+        path.write_text(json.dumps(scores(last, judge, n, steps, reference=5000)) + "\n")
     return json.loads(path.read_text())
 
 
@@ -92,8 +92,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--position", nargs="+", required=True, metavar="SPEC")
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--judge", help="the run of a classifier, to score samples of a denoiser")
-    parser.add_argument("--n", type=int, default=1000, help="samples to score")
-    parser.add_argument("--steps", type=int, default=25, help="of the sampler")
+    parser.add_argument("--n", type=int, default=500, help="samples to score")
+    parser.add_argument("--steps", type=int, default=20, help="of the sampler")
     parser.add_argument("--csv", type=Path, help="where the table goes (default: study.csv among the runs)")
     known, options = parser.parse_known_args(args)
     out = Path(yaml.safe_load(known.config.read_text())["out"])
