@@ -75,7 +75,7 @@ def report(summary: dict[str, Any], monitor: str, folder: Path) -> None:
         "time": f"{summary['seconds']:.0f} s",
         "best checkpoint": summary["checkpoint"],
         "to go on from": str(folder / "checkpoints" / "last.ckpt"),
-        "weights for timm": summary["exported"],
+        "exported weights": summary["exported"],
         "all numbers": str(folder / "metrics.jsonl"),
     }
     for key, value in rows.items():
