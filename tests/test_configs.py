@@ -1,4 +1,4 @@
-"""Every file in configs/ says how to use it; every classifier's trains and validates a step, on small data made here."""
+"""Every file in configs/ says how to use it; every classifier trains and validates a step, on small data made here."""
 
 import contextlib
 import io
