@@ -10,9 +10,11 @@ from tests import oracles
 from vit_rope.attention import attend, attend_packed
 from vit_rope.positions import Encoding, Layout, build
 from vit_rope.positions.coords import grid
+from vit_rope.positions.encoding import Side
 
 COORDS = grid((2, 3)).double()
 ROTARY = build("mixed", Layout(width=16, heads=2, grid=(2, 3), depth=3))(COORDS, prefix=1)
+FIXED = ROTARY._replace(q=Side(turn=[turn.detach() for turn in ROTARY.q.turn]))
 
 
 def qkv(tokens=7, dtype=torch.float64):
@@ -22,7 +24,7 @@ def qkv(tokens=7, dtype=torch.float64):
 
 def biased(layers=3, heads=2):
     bias = torch.randn(layers, 1, heads, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return Encoding(ROTARY.turn_q.detach(), bias=bias)
+    return FIXED._replace(bias=list(bias))
 
 
 CLOSED = torch.rand(7, 7, generator=torch.Generator().manual_seed(2)) < 0.3
@@ -31,9 +33,7 @@ CAUSAL = torch.ones(7, 7, dtype=torch.bool).triu(1)
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize(
-    "encoding", [Encoding(), ROTARY._replace(turn_q=ROTARY.turn_q.detach()), biased(), biased(1, 1)]
-)
+@pytest.mark.parametrize("encoding", [Encoding(), FIXED, biased(), biased(1, 1)])
 @pytest.mark.parametrize("masking", ["none", "bool", "float", "causal"])
 def test_attend_is_the_loop(fused, encoding, masking):
     q, k, v = qkv()
@@ -49,16 +49,17 @@ def test_attend_is_the_loop(fused, encoding, masking):
         for b in range(2):
             for h in range(2):
                 rows = [q[b, h], k[b, h]]
-                if encoding.turn_q is not None:
-                    turn = encoding.turn_q[layer % 3, 0, :, h]
-                    angle = torch.atan2(turn[..., 1], turn[..., 0])
+                if encoding.q.turn:
+                    turn = encoding.q.turn[layer % 3][0, :, h]
+                    angle = torch.cat((torch.zeros(1, 4), torch.atan2(turn[..., 1], turn[..., 0])))
                     rows = [
                         torch.stack([oracles.rotation_matrix([1.0], angle[n][None]) @ x[n] for n in range(7)])
                         for x in rows
                     ]
-                bias = encoding.bias
-                if bias is not None:
-                    bias = bias[layer % len(bias), 0, h % bias.shape[2]]
+                bias = None
+                if encoding.bias:
+                    bias = encoding.bias[layer % len(encoding.bias)]
+                    bias = bias[0, h % bias.shape[1]]
                 want = oracles.attention(*rows, v[b, h], bias, closed)
                 torch.testing.assert_close(out[b, h], want, rtol=0, atol=1e-9)
 
@@ -81,9 +82,7 @@ def test_packed_leaves_its_input_alone():
 def test_without_a_bias_no_mask_reaches_the_kernel(spec, monkeypatch):
     seen = []
     kernel = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k["attn_mask"]) or kernel(*a, **k)
-    )
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(a[3]) or kernel(*a, **k))
     encoding = build(spec, Layout(width=16, heads=2, grid=(2, 3)))(COORDS, prefix=1)
     attend(*qkv(), encoding)
     attend(*qkv(), biased())
@@ -108,7 +107,7 @@ def test_dropout_drops():
         ),
         (lambda: attend(qkv()[0], *qkv(8)[1:], ROTARY), "the encoding places 7 tokens, but there are 8 keys"),
         (
-            lambda: attend(*qkv(8), Encoding(bias=torch.zeros(1, 1, 1, 7, 7))),
+            lambda: attend(*qkv(8), Encoding(bias=[torch.zeros(1, 1, 7, 7)])),
             "places 7 tokens, but there are 8 queries",
         ),
         (lambda: attend(*qkv(), ROTARY, mask=~CLOSED, causal=True), "attend takes a mask or causal=True, not both"),

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils._pytree import tree_flatten
 
 from vit_rope.attention import attend
 from vit_rope.positions import Encoding, Layout, Position, build, schemes
@@ -42,10 +43,15 @@ def _heads(x, weights, layout):
 
 
 def same(a: Encoding, b: Encoding) -> bool:
-    return all(
-        x is y or torch.equal(x, y) if x is None or isinstance(x, torch.Tensor) else x == y
-        for x, y in zip(a, b, strict=True)
+    (xs, shape), (ys, other) = tree_flatten(a), tree_flatten(b)
+    return shape == other and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(xs, ys, strict=True)
     )
+
+
+def weights_of(q, k, encoding, layer=0):
+    """Attention weights (B, H, N, M), read off values that are one-hot."""
+    return attend(q, k, torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:2], -1, -1), encoding, layer)
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
@@ -111,17 +117,19 @@ def test_keys_elsewhere_are_a_part_of_all_keys(spec, axes):
 @pytest.mark.parametrize("prefix", [1, 5])
 def test_prefix_tokens_have_no_place(spec, axes, prefix):
     position, layout = make(spec, axes)
-    coords = layout.coords()
-    bare, padded = position(coords), position(coords, prefix=prefix)
-    if bare.turn_q is not None:
-        torch.testing.assert_close(padded.turn_q[:, :, prefix:], bare.turn_q, rtol=0, atol=0)
-        rest = padded.turn_q[:, :, :prefix]
-        assert (rest[..., 0] == 1).all()
-        assert (rest[..., 1] == 0).all()
-    if bare.bias is not None:
-        torch.testing.assert_close(padded.bias[..., prefix:, prefix:], bare.bias, rtol=0, atol=0)
-        assert (padded.bias[..., :prefix, :] == 0).all()
-        assert (padded.bias[..., :, :prefix] == 0).all()
+    coords = layout.coords().double()
+    generator = torch.Generator().manual_seed(2)
+    count = prefix + len(coords)
+    q, k = torch.randn(2, 2, layout.heads, count, layout.head_dim, generator=generator, dtype=torch.float64)
+    for layer in range(layout.depth):
+        padded = weights_of(q, k, position(coords, prefix=prefix), layer)
+        among = padded[..., prefix:, prefix:] / padded[..., prefix:, prefix:].sum(dim=-1, keepdim=True)
+        bare = weights_of(q[:, :, prefix:], k[:, :, prefix:], position(coords), layer)
+        torch.testing.assert_close(among, bare, rtol=0, atol=1e-12)
+        elsewhere = weights_of(q, k, position(coords + 3.25, prefix=prefix), layer)
+        ours, theirs = (w[..., :prefix, :prefix] for w in (padded, elsewhere))
+        ours, theirs = (w / w.sum(dim=-1, keepdim=True) for w in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)

@@ -760,7 +760,7 @@ def test_linear_attention_turns_the_numerator_alone():
     encoding = unets.build_at("", 0, "axial", layout, "")(layout.coords())
     q, k, v = torch.rand(3, 1, 1, 12, 8).unbind(0)
     out = lucidrains.attend_linear(q, k, v, encoding)
-    turn = encoding.turn_q[0, 0, :, 0]  # (N, R, 2)
+    turn = encoding.q.turn[0][0, :, 0]  # (N, R, 2)
     rotation = torch.stack([torch.block_diag(*(torch.stack((c, -s, s, c)).view(2, 2) for c, s in t)) for t in turn])
     for m in range(12):  # RoFormer, equation 19, one token at a time
         weights = torch.stack([(rotation[m] @ q[0, 0, m]) @ (rotation[n] @ k[0, 0, n]) for n in range(12)])

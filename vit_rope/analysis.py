@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .positions import Position
+from .positions.encoding import tables
 
 
 def kernel(position: Position, displacements: Tensor, layer: int = 0) -> Tensor:
@@ -14,10 +15,10 @@ def kernel(position: Position, displacements: Tensor, layer: int = 0) -> Tensor:
     where heads share their frequencies. Raises ValueError for a scheme that rotates nothing.
     """
     places = displacements.reshape(-1, displacements.shape[-1])
-    turn = position(places).turn_q
-    if turn is None:
+    turn = tables(position(places).q)
+    if not turn:
         raise ValueError("a kernel needs a rotary scheme, such as axial or mixed; this one rotates nothing")
-    cosines = turn[layer % len(turn), 0, ..., 0].mean(dim=-1)  # (N, H)
+    cosines = turn[layer % len(turn)][0, ..., 0].mean(dim=-1)  # (N, H)
     return cosines.t().reshape(-1, *displacements.shape[:-1])
 
 

@@ -3,13 +3,19 @@
 A position scheme is a function of coordinates. Attention asks it what to do and never asks which scheme it is.
 """
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 import torch.fx
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks
 
-from .positions import Encoding
-from .positions.rotary import rotate
+from .positions.encoding import Encoding, Relative, Side, turns_alike
+from .positions.rotation import rotate, rotate_groups, turns
+
+T = TypeVar("T")
 
 
 @torch.fx.wrap
@@ -24,30 +30,39 @@ def attend(
     causal: bool = False,
     dropout: float = 0.0,
     fused: bool = True,
+    overwrite: bool = False,
 ) -> Tensor:
     """Softmax attention (B, H, N, D) of queries (B, H, N, D) over keys and values (B, H, M, D) with their positions.
 
     `mask`, broadcastable to (B, H, N, M), is True where a query may look or is added to the scaled logits; `causal`
     hides later keys. An encoding without a bias leaves the mask as it is, so that flash kernels stay. `fused=False`
-    spells the softmax out, for exporters. Raises ValueError where the encoding is of another number of tokens, or mask
-    and causal are both given.
+    spells the softmax out, for exporters. `overwrite` gives q and k away: they may be rotated where they lie. Keys and
+    values of fewer heads serve several heads of queries each. Raises ValueError where the encoding is of another number
+    of tokens, or mask and causal are both given.
     """
     if causal and mask is not None:
         raise ValueError("attend takes a mask or causal=True, not both; put the causal part into the mask")
-    if encoding.turn_q is not None:
-        turn_k = encoding.turn_q if encoding.turn_k is None else encoding.turn_k
-        q = rotate(q, _of_layer(encoding.turn_q, layer, 2, q.shape[2], "queries"), encoding.half)
-        k = rotate(k, _of_layer(turn_k, layer, 2, k.shape[2], "keys"), encoding.half)
+    width, scale = v.shape[-1], q.shape[-1] ** -0.5 * encoding.scale
+    terms = _entry(encoding.terms, layer) if encoding.terms else ()
+    bias = _bias(q, k, encoding, terms, scale, layer)
+    if bias is not None:
+        mask, causal = _with_mask(bias.to(v.dtype), mask, causal), False
+    side_k, overwrite = encoding.q if encoding.k is None else encoding.k, overwrite and not terms
+    q = _placed(q, encoding.q, encoding, layer, encoding.prefix[0], "queries", overwrite)
+    k = _placed(k, side_k, encoding, layer, encoding.prefix[1], "keys", overwrite)
+    v = _turned(v, encoding.v, encoding.stride, layer, encoding.prefix[1], "values")
+    if encoding.q.extra:
+        extra_q, extra_k = _entry(encoding.q.extra, layer), _entry(side_k.extra or [], layer)
+        q, k = _beside(q * scale, extra_q, encoding.prefix[0]), _beside(k, extra_k, encoding.prefix[1])
+        v, scale = F.pad(v, (0, extra_q.shape[-1])), 1.0  # flash kernels want heads of one width
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if encoding.bias is not None:
-        bias = _of_layer(encoding.bias, layer, 3, q.shape[2], "queries").to(v.dtype)
-        mask, causal = _with_mask(bias, mask, causal), False
-    if fused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
-    logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-    if mask is not None or causal:
-        logits = _with_mask(logits, mask, causal)
-    return F.dropout(logits.softmax(dim=-1), dropout) @ v
+    values = [term for term in terms if term.on == "v"]
+    if fused and not values:
+        shared = not torch.jit.is_tracing() and q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=shared)
+    else:
+        out = _spelled_out(q, k, v, mask, causal, dropout, scale, values)
+    return _turned(out[..., :width], encoding.out, encoding.stride, layer, encoding.prefix[0], "outputs")
 
 
 @torch.fx.wrap
@@ -61,25 +76,160 @@ def attend_packed(
     causal: bool = False,
     dropout: float = 0.0,
     fused: bool = True,
+    overwrite: bool = False,
 ) -> Tensor:
     """The attention (B, H, N, D) of `attend`, straight from a projection qkv (B, N, 3·H·D).
 
-    Raises ValueError where qkv does not divide into queries, keys and values of this many heads.
+    Where queries and keys turn alike, one product turns both, and their gradients are written straight into that of the
+    projection. Raises ValueError where qkv does not divide into queries, keys and values of this many heads.
     """
     if qkv.shape[-1] % (3 * heads):
         raise ValueError(f"{qkv.shape[-1]} channels do not divide into queries, keys and values of {heads} heads")
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return attend(q, k, v, encoding, layer, mask, causal, dropout, fused)
+    groups = qkv.unflatten(-1, (3, heads, -1))
+    if turns_alike(encoding):
+        prefix = encoding.prefix[0]
+        turn = _table(encoding.q, layer, prefix, groups.shape[1], "queries")
+        q, k, v = rotate_groups(groups, turn, 2, encoding.stride, prefix, overwrite)
+        encoding = encoding._replace(q=Side())
+    else:
+        q, k, v = groups.transpose(1, 3).unbind(2)
+    return attend(q, k, v, encoding, layer, mask, causal, dropout, fused, overwrite)
 
 
-def _of_layer(table: Tensor, layer: int, dim: int, tokens: int, what: str) -> Tensor:
-    """The part of a table (L, …) for one layer, checked to speak of all tokens."""
-    if table.shape[dim] != tokens:
+def attend_linear(q: Tensor, k: Tensor, v: Tensor, encoding: Encoding, layer: int = 0) -> Tensor:
+    """Linear attention (B, H, N, E) of queries (B, H, N, D) over keys (B, H, M, D) and values (B, H, M, E), turned.
+
+    Queries and keys come with their feature maps applied and normalised: the weights that they are divided by stay
+    positive when positions turn the numerator alone, as in section 3.3 of RoFormer (arXiv:2104.09864). Raises
+    ValueError for an encoding that adds to logits, for there are none.
+    """
+    if encoding.bias or encoding.terms or encoding.q.extra:
+        raise ValueError("linear attention has no logits, so a scheme that adds a bias to them cannot place it")
+    side_k = encoding.q if encoding.k is None else encoding.k
+    q = _placed(q, encoding.q, encoding, layer, encoding.prefix[0], "queries", False)
+    k = _placed(k, side_k, encoding, layer, encoding.prefix[1], "keys", False)
+    v = _turned(v, encoding.v, encoding.stride, layer, encoding.prefix[1], "values")
+    out = q @ (k.transpose(-2, -1) @ v)
+    return _turned(out, encoding.out, encoding.stride, layer, encoding.prefix[0], "outputs")
+
+
+def unread(*projections: nn.Module) -> bool:
+    """Whether nobody but attention sees what these modules give: a hook may keep it, as DINO's readers of keys do."""
+    return not (_global_forward_hooks or any(module._forward_hooks for module in projections))
+
+
+# ---- what positions do to one side ----------------------------------------------------------------------------------
+
+
+def _placed(
+    x: Tensor, side: Side, encoding: Encoding, layer: int, prefix: int, what: str, overwrite: bool = False
+) -> Tensor:
+    """Queries or keys (B, H, N, D) with their places in them."""
+    if encoding.polar:  # each channel becomes a pair: its modulus, and a phase for the turn to give
+        modulus = F.softplus(x.float()).to(x.dtype)
+        x = torch.stack((modulus, torch.zeros_like(modulus)), dim=-1).flatten(-2)
+    return _turned(x, side, encoding.stride, layer, prefix, what, overwrite)
+
+
+def _turned(x: Tensor, side: Side, stride: int, layer: int, prefix: int, what: str, overwrite: bool = False) -> Tensor:
+    if side.basis:
+        x = _in_basis(x, _entry(side.basis, layer), prefix, what)
+    if side.turn or side.angles:
+        turn = _table(side, layer, prefix, x.shape[2], what)
+        x = rotate(x, turn, stride, prefix, overwrite and not side.basis)
+    return x
+
+
+def _in_basis(x: Tensor, basis: Tensor, prefix: int, what: str) -> Tensor:
+    """x (B, H, N, D) times matrices (B, N or 1, H, D, E): one for all tokens, or each its own but for the prefix."""
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    basis = basis.to(precise).transpose(1, 2)
+    if basis.shape[2] == 1:
+        return (x.to(precise) @ basis[:, :, 0]).to(x.dtype)
+    _check(basis.shape[2], prefix, x.shape[2], what)
+    placed = (x[:, :, prefix:].to(precise)[..., None, :] @ basis).squeeze(-2).to(x.dtype)
+    return torch.cat((x[:, :, :prefix], placed), dim=2) if prefix else placed
+
+
+def _beside(x: Tensor, extra: Tensor, prefix: int) -> Tensor:
+    """x (B, H, N, D) with channels (B, H, N, E) beside, which are zero for tokens without a place."""
+    extra = F.pad(extra.to(x.dtype), (0, 0, prefix, 0))
+    return torch.cat((x, extra.expand(*x.shape[:-1], -1)), dim=-1)
+
+
+def _table(side: Side, layer: int, prefix: int, tokens: int, what: str) -> Tensor:
+    """The turns (B, N, H, R, 2) of one layer, checked to speak of all tokens."""
+    table = _entry(side.turn, layer) if side.turn else turns(*_entry(side.angles or [], layer))[0]
+    _check(table.shape[1], prefix, tokens, what)
+    return table
+
+
+def _entry(tables: Sequence[T], layer: int) -> T:
+    """The entry for one layer of tables that have one for each, or one for all."""
+    return tables[layer % len(tables)]
+
+
+def _check(placed: int, prefix: int, tokens: int, what: str) -> None:
+    if prefix + placed != tokens:
         raise ValueError(
-            f"the encoding places {table.shape[dim]} tokens, but there are {tokens} {what}; "
+            f"the encoding places {prefix + placed} tokens, but there are {tokens} {what}; "
             f"give position(coords, prefix=…) the number of tokens that have no place"
         )
-    return table[layer % table.shape[0]]
+
+
+# ---- logits ---------------------------------------------------------------------------------------------------------
+
+
+def _bias(
+    q: Tensor, k: Tensor, encoding: Encoding, terms: Sequence[Relative], scale: float, layer: int
+) -> Tensor | None:
+    """What is added to the scaled logits (B, H, N, M), if anything: of place alone, and of content and place."""
+    bias = _entry(encoding.bias, layer) if encoding.bias else None
+    if bias is not None:
+        _check(bias.shape[2], 0, q.shape[2], "queries")
+    for term in terms:
+        _check(term.index.shape[-2], 0, q.shape[2], "queries")
+        if term.on == "q":
+            found = _of_index(q, term) * scale
+        elif term.on == "k":
+            found = _of_index(k, term._replace(index=term.index.transpose(-2, -1))).transpose(-2, -1) * scale
+        else:
+            continue
+        bias = found if bias is None else bias + found
+    return bias
+
+
+def _of_index(x: Tensor, term: Relative) -> Tensor:
+    """x_i · r_ij (B, H, N, M) of x (B, H, N, D): a product for each row of the table, of which each pair takes one."""
+    products = F.pad(x @ term.table.to(x.dtype).transpose(-2, -1), (0, 1))  # (B, H, N, T + 1)
+    index = term.index if term.index.ndim == 3 else term.index[None]
+    return products.gather(-1, index[:, None].expand(*products.shape[:3], -1))
+
+
+def _spelled_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+    values: Sequence[Relative],
+) -> Tensor:
+    """Attention step by step, for exporters and for terms that act on the values, which need the weights."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    logits = q * scale @ k.transpose(-2, -1)
+    if mask is not None or causal:
+        logits = _with_mask(logits, mask, causal)
+    weights = F.dropout(logits.softmax(dim=-1), dropout)
+    out = weights @ v
+    for term in values:
+        rows = term.table.shape[-2]
+        index = (term.index if term.index.ndim == 3 else term.index[None])[:, None].expand_as(weights)
+        gathered = weights.new_zeros(*weights.shape[:3], rows + 1).scatter_add(-1, index, weights)
+        out = out + gathered[..., :rows] @ term.table.to(v.dtype)
+    return out
 
 
 def _with_mask(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

@@ -116,7 +116,9 @@ class RopeDiT(ModelMixin, ConfigMixin):
         where = self.layout.coords(grid, sample.device)
         x = self.scheme.embed(self.embed(x.flatten(3).flatten(1, 2)), where, grid)
         encoding = self.scheme(where, 0, None, None, grid)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if i > 0 and self.scheme.each_layer:
+                x = self.scheme.embed(x, where, grid, i)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = cast(Any, self)._gradient_checkpointing_func(block, x, encoding, condition)
             else:

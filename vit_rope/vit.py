@@ -25,7 +25,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .attention import attend, attend_packed
+from .attention import attend, attend_packed, unread
 from .patches import Locate, PatchEmbed2d, PatchEmbedNd, by, sizes
 from .positions import Encoding, Layout, Position, build
 from .positions import coords as places
@@ -51,12 +51,16 @@ class RopeAttention(Attention):
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         dropout = self.attn_drop.p if self.training else 0.0
         qkv = self.qkv(x)
+        overwrite = False
+        if not torch.jit.is_scripting():
+            overwrite = not isinstance(x, torch.fx.Proxy) and unread(self.qkv)
+        layer, fused = self.layer, self.fused_attn
         if self.packed:
-            x = attend_packed(qkv, self.num_heads, encoding, self.layer, attn_mask, is_causal, dropout, self.fused_attn)
+            x = attend_packed(qkv, self.num_heads, encoding, layer, attn_mask, is_causal, dropout, fused, overwrite)
         else:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
             q, k = self.q_norm(q), self.k_norm(k)
-            x = attend(q, k, v, encoding, self.layer, attn_mask, is_causal, dropout, self.fused_attn)
+            x = attend(q, k, v, encoding, layer, attn_mask, is_causal, dropout, fused, False)
         x = self.norm(x.transpose(1, 2).flatten(2))
         if gate is not None:
             x = x * gate
@@ -141,6 +145,7 @@ class RopeViT(VisionTransformer):
         if dynamic_img_size:
             self.locate.image = None
         self.position = scheme if device is None else scheme.to(device)
+        self.each_layer = scheme.each_layer
         # a Sequential could be called as a whole, and would run without positions
         self.blocks = nn.ModuleList(self.blocks)  # pyrefly: ignore[bad-assignment]
         rate = kwargs.get("patch_drop_rate", 0.0)
@@ -164,13 +169,13 @@ class RopeViT(VisionTransformer):
         self.locate.patch = tuple(self.patch_embed.patch_size)
         self.locate.image = None if self.dynamic_img_size else tuple(self.patch_embed.img_size)
 
-    def _embed(self, x: Tensor, coords: Tensor | None) -> tuple[Tensor, Encoding]:
-        """Images to tokens (B, prefix + N, C), and the encoding of their places."""
+    def _embed(self, x: Tensor, coords: Tensor | None) -> tuple[Tensor, Encoding, Tensor, list[int] | None]:
+        """Images to tokens (B, prefix + N, C), the encoding of their places, and those places."""
         located = self.locate(x, coords)  # by index, for FX cannot unpack it
         where, grid = located[0], located[1]
         x = self.patch_embed(x)
         shape = x.shape
-        x = self.position.embed(x.flatten(1, -2), where, grid)
+        x = self.position.embed(x.flatten(1, -2), where, grid, 0)
         x = self._pos_embed(x.view(shape) if self.dynamic_img_size else x)
         if self.pos_embed is None:
             x = self.pos_drop(x)
@@ -178,7 +183,12 @@ class RopeViT(VisionTransformer):
             x, keep = self.patch_drop(x)
             if keep is not None:
                 where = places.take(where, keep)
-        return self.norm_pre(x), self.position(where, self.num_prefix_tokens, None, None, grid)
+        return self.norm_pre(x), self.position(where, self.num_prefix_tokens, None, None, grid), where, grid
+
+    def _embed_again(self, x: Tensor, where: Tensor, grid: list[int] | None, layer: int) -> Tensor:
+        """Tokens (B, prefix + N, C) with their places in them once more, for schemes that act before every layer."""
+        prefix = self.num_prefix_tokens
+        return torch.cat((x[:, :prefix], self.position.embed(x[:, prefix:], where, grid, layer)), dim=1)
 
     def forward_features(
         self,
@@ -188,8 +198,10 @@ class RopeViT(VisionTransformer):
         coords: Tensor | None = None,
     ) -> Tensor:
         """Images (B, C, *sizes) to tokens (B, prefix + N, C), at the caller's `coords` (N, A) or (B, N, A) if given."""
-        x, encoding = self._embed(x, coords)
-        for block in self.blocks:
+        x, encoding, where, grid = self._embed(x, coords)
+        for i, block in enumerate(self.blocks):
+            if i > 0 and self.each_layer:
+                x = self._embed_again(x, where, grid, i)
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, encoding, attn_mask, is_causal)
             else:
@@ -227,13 +239,15 @@ class RopeViT(VisionTransformer):
             raise ValueError("dropped patches leave no map; use output_fmt='NLC', eval mode or patch_drop_rate=0")
         take, last = feature_take_indices(len(self.blocks), indices)
         sizes = self.patch_embed.dynamic_feat_size(x.shape[2:])
-        x, encoding = self._embed(x, coords)
+        x, encoding, where, grid = self._embed(x, coords)
         if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a list of modules
             blocks = self.blocks
         else:
             blocks = self.blocks[: last + 1]
         taken: list[Tensor] = []
         for i, block in enumerate(blocks):
+            if i > 0 and self.each_layer:
+                x = self._embed_again(x, where, grid, i)
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, encoding, attn_mask, is_causal)
             else:

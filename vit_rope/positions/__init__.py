@@ -1,7 +1,8 @@
 """Position schemes: functions of coordinates. This package needs torch alone."""
 
 from . import absolute, coords, rotary
-from .base import Encoding, Layout, Position, Sum
+from .base import Layout, Position, Sum
+from .encoding import Encoding
 from .rotary import Rotary
 from .specs import build, register, schemes
 

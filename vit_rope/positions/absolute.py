@@ -94,7 +94,7 @@ class Learned(Position):
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.table, std=self.std)
 
-    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
         return x + learned_vectors(self.table, coords, grid, self.layout).to(x.dtype)
 
     def fit(self, stored: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class SinCos(Position):
         if layout.width < 2 * (1 if self.flattened else layout.axes):
             raise ValueError(f"width {layout.width} is too small for sines and cosines of {layout.axes} axes")
 
-    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
         return x + sincos_vectors(coords, grid, self.layout, self.base, self.flattened).to(x.dtype)
 
 

@@ -7,17 +7,19 @@ how attention rotates queries and keys and what it adds to their logits. `add` a
 for absolute schemes. The base classes do nothing, so a scheme overrides only what it means.
 """
 
+import functools
 import itertools
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import coords as places
+from .encoding import Encoding, after, combine
 
 
 @dataclass(frozen=True)
@@ -70,21 +72,6 @@ class Layout:
         return number
 
 
-class Encoding(NamedTuple):
-    """What positions do to one attention call, for all layers; the default does nothing.
-
-    `turn_q`, `turn_k`: cosines and sines (L, B, N, H, R, 2) in float32 by which R channel pairs of queries and keys
-    turn, L, B and H being 1 where layers, samples or heads share them; `turn_k` None is `turn_q`. `bias`: (L, B, H, N,
-    M), added to the scaled logits. `half`: pair j is channels j and j + R, rather than 2j and 2j + 1. Only `attend`
-    reads this record.
-    """
-
-    turn_q: Tensor | None = None
-    turn_k: Tensor | None = None
-    bias: Tensor | None = None
-    half: bool = False
-
-
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """Switch autocast off, which would round positions; the meta device knows none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
@@ -118,8 +105,21 @@ def in_python(module: Any) -> Any:
 class Position(InPython):
     """A position scheme; this base is `none`, for which tokens form a set."""
 
-    relative: bool = True  # a claim that tests hold every scheme to: logits depend on displacements alone
+    # claims that tests hold every scheme to
+    relative: bool = True  # logits depend on displacements alone
+    reversible: bool = False  # on the training grid no two places look the same
+    keeps_flash: bool = True  # attention needs no mask
+    extrapolates: bool = True  # every coordinate has a place of its own, also beyond the training grid
+
+    each_layer: bool = False  # whether `add` acts again before the layers after the first
     axes: int | None = None  # how many axes coordinates must have; None takes any
+
+    __jit_unused_properties__ = ("learned",)  # TorchScript would compile them
+
+    @property
+    def learned(self) -> bool:
+        """Whether training changes the scheme."""
+        return any(True for _ in self.parameters())
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         """The encoding of tokens at `coords` (N, A) or (B, N, A), and keys at `key_coords` where they are elsewhere.
@@ -128,9 +128,10 @@ class Position(InPython):
         """
         return Encoding()
 
-    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
         """Patch tokens x (B, N, C) with their absolute places in them, unchanged where the scheme has none.
 
+        Called before the first layer, and before each `layer` after it where the scheme says `each_layer`.
         Overrides put whatever branches on its inputs into functions wrapped by `torch.fx.wrap`.
         """
         return x
@@ -150,7 +151,8 @@ class Position(InPython):
         """Encode tokens at `coords` (N, A) or (B, N, A) that follow `prefix` tokens without a place.
 
         Keys are the same tokens unless `key_coords` (and `key_prefix`) say otherwise. `grid` says what grid the tokens
-        come from, if any; coords (N, A) with one row for each of its cells must then be all of it, in row-major order.
+        come from, if any; coords (N, A) with one row for each of its cells must then be all of it, in row-major order,
+        an axis at a time as `coords.grid` makes them (shifted or stretched, but not cell by cell).
         Raises TypeError or ValueError for coordinates of another type or number of axes.
         """
         self = in_python(self)
@@ -159,31 +161,12 @@ class Position(InPython):
             key_coords = places.check(key_coords, self.axes)
         with no_autocast(coords.device):
             encoding = self.encode(coords, key_coords, grid)
-        return _pad(encoding, prefix, prefix if key_prefix is None else key_prefix)
+        return after(encoding, prefix, prefix if key_prefix is None else key_prefix)
 
     @torch.jit.ignore
-    def embed(self, x: Tensor, coords: Tensor, grid: list[int] | None = None) -> Tensor:
+    def embed(self, x: Tensor, coords: Tensor, grid: list[int] | None = None, layer: int = 0) -> Tensor:
         """Patch tokens x (B, N, C) with their absolute places in them, for `coords` and `grid` as in a call."""
-        return in_python(self).add(x, coords, grid)
-
-
-def _pad(encoding: Encoding, prefix: int, key_prefix: int) -> Encoding:
-    """Room in front for tokens that have no place: no turn, no bias."""
-    if prefix == key_prefix == 0:
-        return encoding
-    turn_q, turn_k, bias, half = encoding
-    if turn_k is None and prefix != key_prefix:
-        turn_k = turn_q
-    if bias is not None:
-        bias = nn.functional.pad(bias, (key_prefix, 0, prefix, 0))
-    return Encoding(_pad_turn(turn_q, prefix), _pad_turn(turn_k, key_prefix), bias, half)
-
-
-def _pad_turn(turn: Tensor | None, prefix: int) -> Tensor | None:
-    if turn is None or prefix == 0:
-        return turn
-    rest = turn.new_tensor([1.0, 0.0]).expand(*turn.shape[:2], prefix, *turn.shape[3:])
-    return torch.cat((rest, turn), dim=2)
+        return in_python(self).add(x, coords, grid, layer)
 
 
 class Sum(Position):
@@ -193,36 +176,17 @@ class Sum(Position):
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.relative = all(part.relative for part in parts)
+        self.reversible = any(part.reversible for part in parts)
+        self.keeps_flash = all(part.keeps_flash for part in parts)
+        self.extrapolates = all(part.extrapolates for part in parts)
+        self.each_layer = any(part.each_layer for part in parts)
 
-    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
         for part in self.parts:
-            x = cast(Position, part).add(x, coords, grid)
+            if layer == 0 or part.each_layer:
+                x = cast(Position, part).add(x, coords, grid, layer)
         return x
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
-        total = Encoding()
-        for part in self.parts:
-            total = _add(total, cast(Position, part).encode(coords, key_coords, grid))
-        return total
-
-
-def _add(a: Encoding, b: Encoding) -> Encoding:
-    half = a.half or b.half
-    if a.turn_q is not None and b.turn_q is not None:
-        if a.half != b.half:
-            raise ValueError("rotations of interleaved and of half pairs do not commute; give both the same `pairs`")
-        if a.turn_q.shape[-2] != b.turn_q.shape[-2]:
-            raise ValueError(f"rotations of {a.turn_q.shape[-2]} and of {b.turn_q.shape[-2]} pairs cannot be summed")
-    turn_k = None
-    if a.turn_k is not None or b.turn_k is not None:
-        turn_k = _compose(a.turn_q if a.turn_k is None else a.turn_k, b.turn_q if b.turn_k is None else b.turn_k)
-    bias = b.bias if a.bias is None else a.bias if b.bias is None else a.bias + b.bias
-    return Encoding(_compose(a.turn_q, b.turn_q), turn_k, bias, half)
-
-
-def _compose(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """One turn after another: turns of a pair commute and their angles add."""
-    if a is None or b is None:
-        return b if a is None else a
-    (ca, sa), (cb, sb) = a.unbind(-1), b.unbind(-1)
-    return torch.stack((ca * cb - sa * sb, sa * cb + ca * sb), dim=-1)
+        encodings = (cast(Position, part).encode(coords, key_coords, grid) for part in self.parts)
+        return functools.reduce(combine, encodings, Encoding())

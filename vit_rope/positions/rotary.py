@@ -10,7 +10,8 @@ RoPE over the flattened image. To add one, return `Rotary(freqs)` from a functio
 
 Shapes   L layers and H heads (1 if shared), N tokens, A axes, R pairs of the D channels of a head
 Units    coordinates as the layout has them, freqs in radians per unit
-Pairs    `interleaved`: channels 2j and 2j + 1 turn together, the block-diagonal matrix as derived; `half`: j and j + R
+Pairs    `interleaved`: channels 2j and 2j + 1 turn together, the block-diagonal matrix as derived; `half`: j and j + R;
+         `axis`: as half, but within the channels of each axis
 Sources  RoFormer, arXiv:2104.09864 (one axis); RoPE-ViT, arXiv:2403.13298 (axial, mixed)
 """
 
@@ -21,58 +22,31 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .base import Encoding, Layout, Position
+from .base import Layout, Position
+from .encoding import Angles, Encoding, Side
+from .rotation import turns
 from .specs import register
 
-Pairs = Literal["interleaved", "half"]
-
-
-def angles(coords: Tensor, freqs: Tensor) -> Tensor:
-    """Angles (L, B, N, H, R) of coordinates (N, A) or (B, N, A) at frequencies (L, H, A, R)."""
-    if coords.ndim == 2:
-        coords = coords[None]
-    turns = coords[None, :, :, None, :, None] * freqs[:, None, None]
-    return turns.sum(dim=-2)  # not a matmul, which autocast and TF32 would round
-
-
-def rotate(x: Tensor, turn: Tensor, half: bool = False) -> Tensor:
-    """Turn the first 2R channels of x (B, H, N, D) by turn (B, N, H, R, 2), a cosine and a sine for each pair.
-
-    Computes in float32, or float64 where x is that, and returns x's dtype. Raises ValueError where x is too narrow.
-    """
-    width = 2 * turn.shape[-2]
-    if width > x.shape[-1]:
-        raise ValueError(f"a rotation of {width // 2} pairs needs heads of {width} channels or more, got {x.shape[-1]}")
-    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-    turn = turn.to(precise).transpose(1, 2)
-    head = x[..., :width].to(precise)
-    cos, sin = turn[..., 0], turn[..., 1]
-    if half:
-        a, b = head.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    elif _complex_serves(head):
-        turned = torch.view_as_real(_as_complex(head) * torch.view_as_complex(turn)).flatten(-2)
-    else:
-        a, b = head.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    turned = turned.to(x.dtype)
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
-
-
-def _complex_serves(x: Tensor) -> bool:
-    """One complex product is the fastest eager rotation; compilers, exporters and other devices want real numbers."""
-    return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-
-
-def _as_complex(x: Tensor) -> Tensor:
-    pairs = x.unflatten(-1, (-1, 2))
-    even = pairs.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in pairs.stride()[:-1])
-    return torch.view_as_complex(pairs if even and pairs.stride(-1) == 1 else pairs.contiguous())
+Pairs = Literal["interleaved", "half", "axis"]
+TABLES = (
+    64 * 2**20
+)  # bytes of turns that all layers at once may take; beyond, each layer makes its own when it needs it
 
 
 def geometric(count: int, base: float) -> Tensor:
     """Frequencies (count,) in float64 that fall geometrically from 1 towards 1 / base."""
     return base ** (-torch.arange(count, dtype=torch.float64, device="cpu") / max(count, 1))
+
+
+def turning(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None) -> Side:
+    """Queries or keys that turn by frequencies (L, H, A, R): tables of all layers, or what makes them if too large."""
+    layers, heads, _, pairs = freqs.shape
+    if layers > 1 and not torch.compiler.is_compiling():
+        size = 2 * layers * heads * pairs * coords.shape[:-1].numel() * freqs.element_size()
+        if size > TABLES:
+            sizes = None if grid is None else list(grid)
+            return Side(angles=[Angles(some, coords, sizes) for some in freqs.split(1)])
+    return Side(turn=list(turns(freqs, coords, grid).unbind(0)))
 
 
 class Rotary(Position):
@@ -89,6 +63,10 @@ class Rotary(Position):
             raise ValueError(f"frequencies must be (layers, heads, axes, pairs), got shape {tuple(freqs.shape)}")
         if not freqs.isfinite().all():
             raise ValueError("frequencies must be finite")
+        if pairs == "axis" and freqs.shape[-1] % freqs.shape[-2]:
+            raise ValueError(
+                f'pairs="axis" needs as many for each axis, got {freqs.shape[-1]} pairs for {freqs.shape[-2]} axes'
+            )
         self.axes, self.pairs = freqs.shape[-2], pairs
         self.initial = freqs.detach().to("cpu", torch.float32)  # what fixed frequencies are and learned ones begin as
         self.freqs = nn.Parameter(torch.empty(freqs.shape, dtype=torch.float32)) if learned else None
@@ -99,21 +77,22 @@ class Rotary(Position):
             with torch.no_grad():
                 self.freqs.copy_(self.initial)
 
-    def frequencies(self, coords: Tensor) -> Tensor:
-        """Frequencies (L, H, A, R) as the coordinates' device and precision need them."""
+    def frequencies(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Frequencies (L, H, A, R) for coordinates on a `grid`, on the coordinates' device and in their precision."""
         if self.freqs is not None:
             return self.freqs.to(coords.dtype)
         return self.initial.to(coords.device, coords.dtype)
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
-        freqs = self.frequencies(coords)
-        turn_k = None if key_coords is None else self.turn(key_coords, freqs)
-        return Encoding(self.turn(coords, freqs), turn_k, half=self.pairs == "half")
+        freqs = self.frequencies(coords, grid)
+        k = None if key_coords is None else turning(freqs, key_coords)
+        return Encoding(turning(freqs, coords, grid), k, stride=self.stride)
 
-    def turn(self, coords: Tensor, freqs: Tensor) -> Tensor:
-        """Cosines and sines (L, B, N, H, R, 2) for coordinates (N, A) or (B, N, A)."""
-        theta = angles(coords, freqs)
-        return torch.stack((theta.cos(), theta.sin()), dim=-1)
+    @property
+    def stride(self) -> int:
+        """How far the partners of a pair are apart."""
+        pairs = self.initial.shape[-1]
+        return {"interleaved": 1, "half": pairs, "axis": pairs // self.initial.shape[-2]}[self.pairs]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         def keep_precision(tensor: Tensor) -> Tensor:  # bfloat16 frequencies are off by a radian at 256 cells
@@ -241,4 +220,4 @@ class Flat(Rotary):
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         keys = None if key_coords is None else self.layout.flatten(key_coords, grid)
-        return super().encode(self.layout.flatten(coords, grid), keys, grid)
+        return super().encode(self.layout.flatten(coords, grid), keys, None)

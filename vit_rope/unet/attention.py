@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
-from ..attention import attend
+from ..attention import attend, unread
 from ..positions import Position
 from .maps import MapLayout
 
@@ -48,7 +48,8 @@ class PositionProcessor:
         q, k, v = (to(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in (attn.to_q, attn.to_k, attn.to_v))
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-        x = attend(q, k, v, attn.position(coords, grid=grid), mask=attention_mask)
+        overwrite = unread(attn.to_q, attn.to_k)
+        x = attend(q, k, v, attn.position(coords, grid=grid), mask=attention_mask, overwrite=overwrite)
         x = attn.to_out[1](attn.to_out[0](x.transpose(1, 2).flatten(2)))
         if hidden_states.ndim == 4:
             x = x.transpose(-1, -2).reshape(hidden_states.shape)

@@ -12,24 +12,9 @@ import torch
 from denoising_diffusion_pytorch.denoising_diffusion_pytorch import Attention, LinearAttention, Unet
 from torch import Tensor, nn
 
-from ..attention import attend
+from ..attention import attend, attend_linear
 from ..positions import Encoding, Position
-from ..positions.rotary import rotate
 from .maps import MapLayout, Origin, build_at, map_layout, pixels
-
-
-def attend_linear(q: Tensor, k: Tensor, v: Tensor, encoding: Encoding) -> Tensor:
-    """Linear attention (B, H, N, E) of queries (B, H, N, D) over keys (B, H, M, D) and values (B, H, M, E), turned.
-
-    Queries and keys come with their feature maps applied and normalised. Raises ValueError for an encoding with a bias,
-    for there are no logits to add it to.
-    """
-    if encoding.bias is not None:
-        raise ValueError("linear attention has no logits, so a scheme that adds a bias to them cannot place it")
-    if encoding.turn_q is not None:
-        turn_k = encoding.turn_q if encoding.turn_k is None else encoding.turn_k
-        q, k = rotate(q, encoding.turn_q[0], encoding.half), rotate(k, turn_k[0], encoding.half)
-    return q @ (k.transpose(-2, -1) @ v)
 
 
 class Placed(nn.Module):
