@@ -40,10 +40,9 @@ def geometric(count: int, base: float) -> Tensor:
 
 def turning(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None) -> Side:
     """Queries or keys that turn by frequencies (L, H, A, R): tables of all layers, or what makes them if too large."""
-    layers, heads, _, pairs = freqs.shape
-    if layers > 1 and not torch.compiler.is_compiling():
-        size = 2 * layers * heads * pairs * coords.shape[:-1].numel() * freqs.element_size()
-        if size > TABLES:
+    if not torch.compiler.is_compiling() and len(freqs) > 1:
+        layers, heads, _, pairs = freqs.shape
+        if 2 * layers * heads * pairs * coords.shape[:-1].numel() * freqs.element_size() > TABLES:
             sizes = None if grid is None else list(grid)
             return Side(angles=[Angles(some, coords, sizes) for some in freqs.split(1)])
     return Side(turn=list(turns(freqs, coords, grid).unbind(0)))
@@ -68,6 +67,7 @@ class Rotary(Position):
                 f'pairs="axis" needs as many for each axis, got {freqs.shape[-1]} pairs for {freqs.shape[-2]} axes'
             )
         self.axes, self.pairs = freqs.shape[-2], pairs
+        self.stride = {"interleaved": 1, "half": freqs.shape[-1], "axis": freqs.shape[-1] // self.axes}[pairs]
         self.initial = freqs.detach().to("cpu", torch.float32)  # what fixed frequencies are and learned ones begin as
         self.freqs = nn.Parameter(torch.empty(freqs.shape, dtype=torch.float32)) if learned else None
         self.reset_parameters()
@@ -87,12 +87,6 @@ class Rotary(Position):
         freqs = self.frequencies(coords, grid)
         k = None if key_coords is None else turning(freqs, key_coords)
         return Encoding(turning(freqs, coords, grid), k, stride=self.stride)
-
-    @property
-    def stride(self) -> int:
-        """How far the partners of a pair are apart."""
-        pairs = self.initial.shape[-1]
-        return {"interleaved": 1, "half": pairs, "axis": pairs // self.initial.shape[-2]}[self.pairs]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         def keep_precision(tensor: Tensor) -> Tensor:  # bfloat16 frequencies are off by a radian at 256 cells

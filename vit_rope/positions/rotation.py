@@ -170,20 +170,23 @@ def _turn(x: Tensor, turn: Tensor, stride: int, prefix: int, out: Tensor) -> Non
         out[:, :prefix].copy_(x[:, :prefix])
         out[:, prefix:, ..., width:].copy_(x[:, prefix:, ..., width:])
     x, out = x[:, prefix:, ..., :width], out[:, prefix:, ..., :width]
+    turn = turn[:, :, None]
     if x.dtype not in (torch.float16, torch.bfloat16):
         _product(x, turn.to(x.dtype), stride, out)
         return
     samples = len(x) if x.is_cuda else max(1, SCRATCH // max(1, 4 * x[0].numel()))
     scratch = torch.empty(min(samples, len(x)), *x.shape[1:], dtype=torch.float32, device=x.device)
-    for start in range(0, len(x), samples):
-        piece = scratch[: min(samples, len(x) - start)]
-        piece.copy_(x[start : start + samples])
-        _product(piece, turn if len(turn) == 1 else turn[start : start + samples], stride, piece)
-        out[start : start + samples].copy_(piece)
+    if len(x) > 2 * samples and scratch.element_size() * x[0].numel() < SCRATCH:
+        turn = turn.expand(-1, -1, *x.shape[2:4], -1, -1).contiguous()  # one long loop where there were many short ones
+    angles = turn.split(samples) if len(turn) > 1 else [turn] * len(x)
+    for part, angle, place in zip(x.split(samples), angles, out.split(samples), strict=False):
+        piece = scratch[: len(part)]
+        piece.copy_(part)
+        _product(piece, angle, stride, piece)
+        place.copy_(piece)
 
 
 def _product(x: Tensor, turn: Tensor, stride: int, out: Tensor) -> None:
-    turn = turn[:, :, None]
     if stride == 1:
         target = as_complex(out)
         torch.mul(as_complex(x), torch.view_as_complex(turn), out=target)
@@ -201,8 +204,10 @@ def _product(x: Tensor, turn: Tensor, stride: int, out: Tensor) -> None:
 def as_complex(x: Tensor) -> Tensor:
     """The pairs (…, R) of interleaved channels x (…, 2R) as complex numbers, where they lie if that is possible."""
     pairs = x.unflatten(-1, (-1, 2))
-    even = pairs.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in pairs.stride()[:-1])
-    return torch.view_as_complex(pairs if even and pairs.stride(-1) == 1 else pairs.contiguous())
+    *outer, last = pairs.stride()
+    if last != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in outer):
+        pairs = pairs.contiguous()
+    return torch.view_as_complex(pairs)
 
 
 def _turn_gradient(turned: Any, grads: Any, turn: Tensor, stride: int, prefix: int) -> Tensor:
