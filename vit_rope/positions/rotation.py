@@ -217,7 +217,7 @@ def _turn_gradient(turned: Any, grads: Any, turn: Tensor, stride: int, prefix: i
     """
     angle: Any = 0
     for y, grad in zip(turned, grads, strict=True):  # (B, N, H, D)
-        samples = len(y) if y.is_cuda else max(1, SCRATCH // max(1, 8 * y[0].numel()))
+        samples = len(y) if y.is_cuda else max(1, 4 * SCRATCH // max(1, 4 * y[0].numel()))  # sums want longer pieces
         shared = len(turn) == 1
         found = []
         for part, back in zip(y.split(samples), grad.split(samples), strict=True):
