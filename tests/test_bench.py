@@ -1,11 +1,15 @@
 """The benchmark's arithmetic, on a clock of the test's own; real times are never asserted."""
 
 import csv
+import importlib
 
 import pytest
+import torch
 
 from vit_rope import bench
 from vit_rope.__main__ import main
+from vit_rope.bench.block import peak
+from vit_rope.bench.growth import slope
 
 
 class Clock:
@@ -54,16 +58,72 @@ def test_a_report_says_under_what_conditions(tmp_path, capsys):
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row["candidate"] for row in rows] == ["stock", "axial"]
     assert rows[1]["median"] == "1.04"
-    assert {"device", "threads", "dtype", "torch"} <= set(rows[0])
+    assert {"device", "threads", "command", "torch"} <= set(rows[0])
 
 
 def test_one_small_unet_is_measured(monkeypatch, tmp_path):
     pytest.importorskip("diffusers")
-    monkeypatch.setattr(bench, "UNETS", {"8 x 8": (8, (16, 16), (False, True), 1)})
+    monkeypatch.setattr(bench, "STEADY", {})
+    monkeypatch.setattr("vit_rope.bench.unet.UNETS", {"8 x 8": (8, (16, 16), (False, True), 1)})
     main(["bench", "unet", "--specs", "none", "axial", "--rounds", "2", "--out", str(tmp_path / "unet.csv")])
     rows = list(csv.DictReader((tmp_path / "unet.csv").read_text().splitlines()))
-    assert [row["candidate"] for row in rows] == ["stock", "none", "axial"] * 2
+    assert [row["candidate"] for row in rows] == ["stock", "none", "axial"] * 4
     assert all(float(row["median"]) > 0 for row in rows)
+
+
+def test_a_pair_is_divided_within_each_round_too(clock):
+    runs = {"plain": clock.run(9.0, 2.0), "none": clock.run(9.0, 4.0), "axial": clock.run(9.0, 5.0)}
+    found = {(row.group, row.candidate): row.median for row in bench.ratios("made up", runs, 3, paired="none")}
+    assert found["made up", "axial"] == 2.5
+    assert found["made up, against none", "axial"] == 1.25
+    assert found["made up, against none", "plain"] == 0.5
+
+
+def test_short_runs_are_repeated(clock):
+    count = []
+    short = clock.run(0.25)
+    bench.ratios("made up", {"short": lambda: count.append(short())}, rounds=2, at_least=1.0)
+    assert len(count) == 2 + 2 * 4
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # other libraries, where they are installed
+@pytest.mark.parametrize(
+    ("topic", "small"),
+    [
+        ("rotation", {"SHAPES": [(1, 2, 2, 1)]}),
+        ("tables", {"SIDES": (3,), "BATCH": 1}),
+        ("growth", {"SIDES": (2, 3, 4), "AXES": {1: (4,), 2: (2, 2)}}),
+    ],
+)
+def test_small_ones_are_measured(topic, small, monkeypatch, tmp_path):
+    module = importlib.import_module(f"vit_rope.bench.{topic}")
+    monkeypatch.setattr(bench, "STEADY", {})
+    for name, value in small.items():
+        monkeypatch.setattr(module, name, value)
+    main(["bench", topic, "--rounds", "2", "--out", str(tmp_path / "out.csv")])
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert {"vit_rope axial" if topic != "growth" else "9 tokens"} <= {row["candidate"] for row in rows}
+    assert all(float(row["median"]) > 0 for row in rows)
+    assert (tmp_path / "out.png").is_file() == (topic == "growth")
+
+
+def test_every_topic_can_be_asked_for():
+    for topic in bench.TOPICS:
+        assert callable(importlib.import_module(f"vit_rope.bench.{topic}").bench)
+
+
+def test_peaks_count_what_is_held_at_once():
+    def run():
+        kept = torch.zeros(1000)
+        for _ in range(3):
+            torch.zeros(500)
+        del kept
+
+    assert peak(run) == 4 * 1500
+
+
+def test_slopes_of_powers_are_their_exponents():
+    assert slope([1, 2, 4, 8], [5.0, 20.0, 80.0, 320.0]) == pytest.approx(2)
 
 
 def test_bad_requests(capsys):

@@ -10,7 +10,7 @@ VERBS = {
     "sample": "draw images from a trained denoiser: sample RUN --n 64 --steps 50 --out samples.png",
     "quality": "score samples of a trained denoiser: quality RUN --judge RUN_OF_A_CLASSIFIER",
     "schemes": "list every position scheme",
-    "bench": "measure speed as ratios: bench unet --out unet_cost.csv",
+    "bench": "measure speed as ratios: bench rotation --out rotation.csv",
     "plot": "draw a picture: plot kernel axial mixed --out kernel.png",
 }
 
@@ -36,7 +36,9 @@ def main(args: Sequence[str] | None = None) -> None:
     elif verb == "plot":
         _plot(args[1:])
     elif verb == "bench":
-        _bench(args[1:])
+        from .bench import main as bench
+
+        bench(args[1:])
     else:
         lines = [f"  {name:<10} {text}" for name, text in VERBS.items()]
         text = "\n".join(["usage: vit-rope VERB …", "", *lines, "", "vit-rope VERB --help tells each verb's options"])
@@ -75,25 +77,6 @@ def _plot(args: list[str]) -> None:
 
     try:
         print(plot_kernel(options.specs, options.out, tuple(options.grid)))
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def _bench(args: list[str]) -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser("vit-rope bench", description="Measure speed as ratios, side by side.")
-    parser.add_argument("what", choices=["unet"], help="unet: training and sampling steps against diffusers' U-Net")
-    parser.add_argument("--specs", nargs="+", default=["none", "axial", "mixed", "learned"], help="schemes to measure")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--out", default="", help="a CSV file to write, with the conditions")
-    options = parser.parse_args(args)
-    if options.rounds < 2:
-        parser.error(f"quartiles need at least 2 rounds, got {options.rounds}")
-    from .bench import bench_unet, report
-
-    try:
-        report(bench_unet(options.specs, options.rounds), options.out)
     except ValueError as error:
         parser.error(str(error))
 

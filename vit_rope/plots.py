@@ -1,5 +1,6 @@
 """Pictures: the only module that imports matplotlib."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,3 +48,30 @@ def plot_kernel(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     return path
+
+
+def plot_growth(tokens: Sequence[int], curves: dict[str, dict[str, list[float]]], out: Path) -> Path:
+    """Draw how time and memory of schemes grow with the number of tokens, with the slopes, and write a PNG.
+
+    `curves` has, for each spec, values for each number of tokens, relative to the first, of "attention", "encoding" and
+    "memory".
+    """
+    from .bench.growth import slope
+
+    titles = {
+        "attention": "Time of encoding and attention",
+        "encoding": "Time of encoding alone",
+        "memory": "Peak memory of both",
+    }
+    figure = Figure(figsize=(11.5, 3.9), layout="constrained")
+    for axis, (kind, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        for spec, found in curves.items():
+            if kind in found:
+                label = f"{spec}: N^{slope(tokens, found[kind]):.2f}"
+                axis.loglog(tokens, found[kind], marker="o", markersize=3, label=label)
+        axis.set(title=title, xlabel="tokens N", ylabel=f"relative to N = {tokens[0]}")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, title="slope of the larger half")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+    return out

@@ -1,0 +1,70 @@
+"""How time and memory grow with the number of tokens, and time with the number of axes, with a plot of the slopes."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ..attention import attend_packed
+from ..positions import Layout, build
+from ..positions.coords import grid
+from . import Ratio, once, ratios
+from .block import peak
+
+SIDES = (14, 20, 28, 40, 56, 80, 128)  # 196 to 16,384 tokens
+AXES = {1: (4096,), 2: (64, 64), 3: (16, 16, 16), 4: (8, 8, 8, 8)}  # with heads of 48 channels, which all divide
+HEADS, HEAD = 6, 64
+
+
+def bench(specs: Sequence[str] = ("none", "axial", "mixed"), rounds: int = 5, out: str = "") -> list[Ratio]:
+    """Encoding alone, encoding with attention (batch 1, ViT-S), and its memory, against the smallest grid."""
+    found, curves = [], {}
+    for spec in specs:
+        steps = {f"{side * side} tokens": _attention(spec, (side, side)) for side in SIDES}
+        tables = {f"{side * side} tokens": _encoding(spec, (side, side)) for side in SIDES}
+        groups = {
+            "attention": ratios(f"encoding and attention, {spec}", steps, rounds, at_least=0.02),
+            "encoding": ratios(f"encoding, {spec}", tables, rounds, at_least=0.02) if spec != "none" else [],
+        }
+        groups["memory"] = once(f"peak memory, {spec}", {name: peak(run) for name, run in steps.items()})
+        curves[spec] = {kind: [row.median for row in rows] for kind, rows in groups.items() if rows}
+        found += [row for rows in groups.values() for row in rows]
+        axes = {f"{n} axes": _encoding(spec, sizes, 48) for n, sizes in AXES.items()}
+        if spec != "none":
+            found += ratios(f"encoding of 4096 tokens, {spec}", axes, rounds, at_least=0.02)
+    if out:
+        from ..plots import plot_growth
+
+        tokens = [side * side for side in SIDES]
+        print(plot_growth(tokens, curves, Path(out).with_suffix(".png")))
+    return found
+
+
+def slope(tokens: Sequence[int], values: Sequence[float]) -> float:
+    """The exponent of growth over the larger half of the sizes, by least squares on logarithms."""
+    half = len(tokens) // 2
+    x, y = ([math.log(v) for v in series[half:]] for series in (tokens, values))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def _encoding(spec: str, sizes: tuple[int, ...], head: int = HEAD) -> Callable[[], object]:
+    position = build(spec, Layout(HEADS * head, HEADS, sizes, 1))
+
+    def run() -> None:
+        with torch.no_grad():
+            position(grid(sizes), grid=list(sizes))
+
+    return run
+
+
+def _attention(spec: str, sizes: tuple[int, ...]) -> Callable[[], object]:
+    position = build(spec, Layout(HEADS * HEAD, HEADS, sizes, 1))
+    qkv = torch.randn(1, math.prod(sizes), 3 * HEADS * HEAD)
+
+    def run() -> None:
+        with torch.no_grad():
+            attend_packed(qkv, HEADS, position(grid(sizes), grid=list(sizes)), overwrite=True)
+
+    return run

@@ -1,0 +1,57 @@
+"""Making the tables of turns: against a ViT-S block that uses them, and against timm's."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingMixed
+
+from ..positions import Layout, build
+from ..positions.coords import grid
+from ..vit import RopeBlock
+from . import Ratio, ratios
+
+WIDTH, HEADS, DEPTH, BATCH = 384, 6, 12, 8
+SIDES = (14, 24, 32, 64)
+
+
+def bench(specs: Sequence[str] = ("axial", "mixed"), rounds: int = 15, out: str = "") -> list[Ratio]:
+    """The tables of a forward pass of 12 layers against one block at batch 8 (1 at 64 x 64), and against timm's."""
+    found = []
+    for side in SIDES:
+        torch.manual_seed(0)
+        layout, batch = Layout(WIDTH, HEADS, (side, side), DEPTH), BATCH if side < 64 else 1
+        made = {f"vit_rope {spec}": _made(spec, layout) for spec in specs}
+        block, x = RopeBlock(WIDTH, HEADS, qkv_bias=True).eval(), torch.randn(batch, side * side, WIDTH)
+        encoding = build("none", layout)(layout.coords())
+
+        def run(block: Any = block, x: torch.Tensor = x, encoding: Any = encoding) -> None:
+            with torch.no_grad():
+                block(x, encoding)
+
+        name = f"tables of {side} x {side}"
+        found += ratios(f"{name}, a block at batch {batch} is 1", {"block": run} | made, rounds, at_least=0.02)
+        theirs: dict[str, Any] = {"axial": RotaryEmbeddingCat(WIDTH // HEADS, in_pixels=False, temperature=100.0)}
+        theirs["mixed"] = RotaryEmbeddingMixed(WIDTH, DEPTH, HEADS)
+        for spec, rope in theirs.items():
+            runs = {f"timm {spec}": _timm(rope, side), f"vit_rope {spec}": _made(spec, layout)}
+            found += ratios(f"{name}, timm's {spec} is 1", runs, rounds, at_least=0.02)
+    return found
+
+
+def _made(spec: str, layout: Layout) -> Callable[[], object]:
+    position = build(spec, layout)
+
+    def run() -> None:
+        with torch.no_grad():
+            position(grid(layout.grid), 1, grid=list(layout.grid))
+
+    return run
+
+
+def _timm(rope: Any, side: int) -> Callable[[], object]:
+    def run() -> None:
+        with torch.no_grad():
+            rope.get_embed([side, side])
+
+    return run
