@@ -24,6 +24,7 @@ def bench(specs: Sequence[str] = ("none", "axial", "mixed"), rounds: int = 15, o
     """Compiled inference and training against `none`; peak memory of an eager training step against `none`."""
     specs = list(dict.fromkeys(("none", *specs)))
     found = []
+    torch._dynamo.config.recompile_limit = 64  # all blocks share their code
     for dtype in (torch.float32, torch.bfloat16):
         kind = str(dtype).removeprefix("torch.")
         blocks = {spec: compiled(spec) for spec in specs}

@@ -8,6 +8,7 @@ from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingMixe
 
 from ..positions import Layout, build
 from ..positions.coords import grid
+from ..positions.encoding import tables
 from ..vit import RopeBlock
 from . import Ratio, ratios
 
@@ -44,7 +45,7 @@ def _made(spec: str, layout: Layout) -> Callable[[], object]:
 
     def run() -> None:
         with torch.no_grad():
-            position(grid(layout.grid), 1, grid=list(layout.grid))
+            tables(position(grid(layout.grid), 1, grid=list(layout.grid)).q)  # of all layers, also where made on demand
 
     return run
 

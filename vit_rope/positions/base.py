@@ -74,7 +74,9 @@ class Layout:
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """Switch autocast off, which would round positions; the meta device knows none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 _NUMBERS = itertools.count()
@@ -156,7 +158,7 @@ class Position(InPython):
         Raises TypeError or ValueError for coordinates of another type or number of axes.
         """
         self = in_python(self)
-        coords = places.check(coords, self.axes)
+        coords = places.check(coords, self.axes, finite=None if grid is None else False)  # a grid's are sound
         if key_coords is not None:
             key_coords = places.check(key_coords, self.axes)
         with no_autocast(coords.device):

@@ -38,7 +38,7 @@ def turns(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None) -> T
     the axes then multiply, which takes a cosine for each row and each column rather than for each cell.
     """
     if _eager(freqs, coords) and not coords.requires_grad:
-        return _Turns.apply(freqs, coords, grid)
+        return _Turns.apply(freqs, coords, grid) if _tracked(freqs) else _tables(freqs, coords, grid)
     theta = angles(freqs, coords)
     return torch.stack((theta.cos(), theta.sin()), dim=-1)
 
@@ -60,7 +60,8 @@ def rotate_groups(
         pairs = turn.shape[-2]
         raise ValueError(f"a rotation of {pairs} pairs needs heads of {2 * pairs} channels or more, got {x.shape[-1]}")
     if _eager(x, turn):
-        return _Rotation.apply(x, turn, turning, stride, prefix, overwrite)
+        rotation = _Rotation.apply if _tracked(x, turn) else _rotated
+        return rotation(x, turn, turning, stride, prefix, overwrite)
     groups = x.unbind(2)
     turned = [formula(group, turn, stride, prefix) for group in groups[:turning]]
     return tuple(group.transpose(1, 2) for group in (*turned, *groups[turning:]))
@@ -88,17 +89,16 @@ def _eager(*tensors: Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
+def _tracked(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 class _Turns(torch.autograd.Function):
     """`turns` with a gradient for the frequencies, which needs no angle of its own: a turn knows how it goes on."""
 
     @staticmethod
     def forward(ctx: Any, freqs: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
-        if grid is not None and coords.ndim == 2 and len(coords) == math.prod(grid):
-            table = _product_table(coords.view(*grid, -1), freqs)
-        else:
-            theta = angles(freqs, coords)
-            table = torch.polar(torch.ones_like(theta), theta)
-        table = torch.view_as_real(table)
+        table = _tables(freqs, coords, grid)
         ctx.save_for_backward(coords, table)
         return table
 
@@ -113,16 +113,17 @@ class _Turns(torch.autograd.Function):
             return torch.einsum("bna,lbnhr->lhar", places.to(angle.dtype), angle), None, None
 
 
-def _product_table(coords: Tensor, freqs: Tensor) -> Tensor:
-    """Turns (L, 1, N, H, R), as complex numbers, of a grid's coordinates (*sizes, A)."""
-    axes = coords.shape[-1]
-    table: Any = None
+def _tables(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
+    if grid is None or coords.ndim != 2 or len(coords) != math.prod(grid):
+        theta = angles(freqs, coords)
+        return torch.view_as_real(torch.polar(torch.ones_like(theta), theta))
+    coords, axes, table = coords.view(*grid, -1), len(grid), freqs.new_zeros(())
     for a in range(axes):
         along = coords[tuple(slice(None) if i == a else 0 for i in range(axes))][:, a]  # (n,)
         theta = along[:, None, None] * freqs[:, None, :, a]  # (L, n, H, R)
         turn = torch.polar(torch.ones_like(theta), theta)
-        table = turn if table is None else (table[:, :, None] * turn[:, None]).flatten(1, 2)
-    return table[:, None]
+        table = turn if a == 0 else (table[:, :, None] * turn[:, None]).flatten(1, 2)
+    return torch.view_as_real(table[:, None])
 
 
 class _Rotation(torch.autograd.Function):
@@ -132,10 +133,7 @@ class _Rotation(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, turn: Tensor, turning: int, stride: int, prefix: int, overwrite: bool
     ) -> tuple[Tensor, ...]:
-        part = x[:, :, :turning]
-        out = part if overwrite else torch.empty_like(part, memory_format=torch.contiguous_format)
-        _turn(part, turn, stride, prefix, out)
-        groups = tuple(group.transpose(1, 2) for group in (*out.unbind(2), *x[:, :, turning:].unbind(2)))
+        groups = _rotated(x, turn, turning, stride, prefix, overwrite)
         ctx.options, ctx.learned = (turning, stride, prefix), ctx.needs_input_grad[1]
         ctx.save_for_backward(turn, *(groups[:turning] if ctx.learned else ()))
         return groups
@@ -163,21 +161,28 @@ class _Rotation(torch.autograd.Function):
         return found, grad_turn, None, None, None, None
 
 
+def _rotated(x: Tensor, turn: Tensor, turning: int, stride: int, prefix: int, overwrite: bool) -> tuple[Tensor, ...]:
+    part = x[:, :, :turning]
+    out = part if overwrite else torch.empty_like(part, memory_format=torch.contiguous_format)
+    _turn(part, turn, stride, prefix, out)
+    return tuple(group.transpose(1, 2) for group in (*out.unbind(2), *x[:, :, turning:].unbind(2)))
+
+
 def _turn(x: Tensor, turn: Tensor, stride: int, prefix: int, out: Tensor) -> None:
     """Write x (B, N, G, H, D) turned into `out`, which may be x itself."""
-    width = 2 * turn.shape[-2]
+    width, low = 2 * turn.shape[-2], x.dtype in (torch.float16, torch.bfloat16)
     if out is not x:
         out[:, :prefix].copy_(x[:, :prefix])
         out[:, prefix:, ..., width:].copy_(x[:, prefix:, ..., width:])
     x, out = x[:, prefix:, ..., :width], out[:, prefix:, ..., :width]
     turn = turn[:, :, None]
-    if x.dtype not in (torch.float16, torch.bfloat16):
+    if (low or width < 64) and len(x) > 2 and 4 * x[0].numel() < SCRATCH:
+        turn = turn.expand(-1, -1, *x.shape[2:4], -1, -1).contiguous()  # one long loop where there were many short ones
+    if not low:
         _product(x, turn.to(x.dtype), stride, out)
         return
     samples = len(x) if x.is_cuda else max(1, SCRATCH // max(1, 4 * x[0].numel()))
     scratch = torch.empty(min(samples, len(x)), *x.shape[1:], dtype=torch.float32, device=x.device)
-    if len(x) > 2 * samples and scratch.element_size() * x[0].numel() < SCRATCH:
-        turn = turn.expand(-1, -1, *x.shape[2:4], -1, -1).contiguous()  # one long loop where there were many short ones
     angles = turn.split(samples) if len(turn) > 1 else [turn] * len(x)
     for part, angle, place in zip(x.split(samples), angles, out.split(samples), strict=False):
         piece = scratch[: len(part)]

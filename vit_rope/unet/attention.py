@@ -43,6 +43,7 @@ class PositionProcessor:
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        x = x.contiguous()  # once, or each of the three projections would do it for itself
         coords, grid = attn.layout.coords(grid, x.device), list(grid)
         x = attn.position.embed(x, coords, grid)
         q, k, v = (to(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in (attn.to_q, attn.to_k, attn.to_v))
