@@ -11,6 +11,9 @@ Shapes   L layers and H heads (1 if shared), N tokens, A axes, R pairs of the D 
 Stride   how far the partners of a pair are apart: 1 interleaved, R half, R / A half within each axis's block
 """
 
+import functools
+import importlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -175,6 +178,9 @@ def _turn(x: Tensor, turn: Tensor, stride: int, prefix: int, out: Tensor) -> Non
         out[:, :prefix].copy_(x[:, :prefix])
         out[:, prefix:, ..., width:].copy_(x[:, prefix:, ..., width:])
     x, out = x[:, prefix:, ..., :width], out[:, prefix:, ..., :width]
+    if x.is_cuda and (kernel := _kernel()) is not None and kernel.usable(x):
+        kernel.turn_pairs(x, turn, stride, out)
+        return
     turn = turn[:, :, None]
     if (low or width < 64) and len(x) > 2 and 4 * x[0].numel() < SCRATCH:
         turn = turn.expand(-1, -1, *x.shape[2:4], -1, -1).contiguous()  # one long loop where there were many short ones
@@ -189,6 +195,12 @@ def _turn(x: Tensor, turn: Tensor, stride: int, prefix: int, out: Tensor) -> Non
         piece.copy_(part)
         _product(piece, angle, stride, piece)
         place.copy_(piece)
+
+
+@functools.cache
+def _kernel() -> Any:
+    """The Triton kernel's module, or None where Triton is not installed; imported when a GPU first needs it."""
+    return importlib.import_module(".kernel", __package__) if importlib.util.find_spec("triton") else None
 
 
 def _product(x: Tensor, turn: Tensor, stride: int, out: Tensor) -> None:
