@@ -1,6 +1,7 @@
 """Denoisers: what they learn, how they are sampled, the command line around both, and how samples are scored."""
 
 import contextlib
+import csv
 import io
 import json
 import math
@@ -20,10 +21,9 @@ from vit_rope import sampling
 from vit_rope.__main__ import main
 from vit_rope.denoiser import RopeDiT
 from vit_rope.sampling import SCHEDULERS, Trained, load, sample, sample_batches
-from vit_rope.training import data
+from vit_rope.training import data, study
 from vit_rope.training.diffusion import Diffusion, make_noise, make_target, snr_weight
 from vit_rope.training.quality import Judge, connected_parts, copy_error, frechet_distance, scores
-from vit_rope.training.study import study
 from vit_rope.unet import RopeUNet2DModel
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*ddpm*.yaml"))
@@ -70,6 +70,18 @@ def fitted(config, tmp_path_factory):
     """A finished run with classes: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     return folder, run("fit", "--config", config, "--out", folder)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """The finished run of a classifier."""
+    folder = tmp_path_factory.mktemp("judge")
+    learner = {"class_path": "Classification", "init_args": {"model": "vit_rope_tiny_patch16_224", "model_args": TINY}}
+    settings = {**CONFIG, "model": learner, "trainer": {"max_epochs": 1, "accelerator": "cpu"}}
+    del settings["checkpoint"]
+    (folder / "judge.yaml").write_text(yaml.safe_dump(settings))
+    run("fit", "--config", folder / "judge.yaml", "--out", folder / "run")
+    return folder / "run"
 
 
 def shaken(model):
@@ -616,15 +628,9 @@ def test_scores_of_pictures():
     assert copy_error(torch.tensor([[[[0.0, 1.0]]]])) == 1
 
 
-def test_scores_of_a_run(fitted, tmp_path):
-    sizes = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}
-    learner = {"class_path": "Classification", "init_args": {"model": "vit_rope_tiny_patch16_224", "model_args": sizes}}
-    settings = {**CONFIG, "model": learner, "trainer": {"max_epochs": 1, "accelerator": "cpu"}}
-    del settings["checkpoint"]
-    (tmp_path / "judge.yaml").write_text(yaml.safe_dump(settings))
-    run("fit", "--config", tmp_path / "judge.yaml", "--out", tmp_path / "judge")
+def test_scores_of_a_run(fitted, judge, tmp_path):
     text = run(
-        *("quality", fitted[0], "--judge", tmp_path / "judge", "--n", 100, "--steps", 2),
+        *("quality", fitted[0], "--judge", judge, "--n", 100, "--steps", 2),
         *("--out", tmp_path / "scores.json"),
     )
     found = json.loads((tmp_path / "scores.json").read_text())
@@ -632,12 +638,12 @@ def test_scores_of_a_run(fitted, tmp_path):
     assert list(found) == ["n", "fd", "fd_floor", "asked", "parts", "parts_real"]
     assert 0 < found["fd_floor"] < found["fd"]
     with pytest.raises(ValueError, match="needs as many test images as samples, but there are only 258; lower n"):
-        scores(fitted[0], tmp_path / "judge", n=300, steps=2)
-    judge = Judge(tmp_path / "judge")
+        scores(fitted[0], judge, n=300, steps=2)
+    jury = Judge(judge)
     real, other = torch.rand(500, 1, 8, 8) * 2 - 1, torch.rand(500, 1, 8, 8) - 1
-    same, far = frechet_distance(judge, iter(real.split(100)), real, other)
+    same, far = frechet_distance(jury, iter(real.split(100)), real, other)
     assert abs(same) < 1e-3
-    features = [judge(images).double() for images in (real, other)]
+    features = [jury(images).double() for images in (real, other)]
     means, spreads = [f.mean(dim=0) for f in features], [f.T.cov() for f in features]
     roots = torch.linalg.eigvals(spreads[0] @ spreads[1]).real.clamp(min=0).sqrt().sum()
     wanted = (means[0] - means[1]).square().sum() + spreads[0].trace() + spreads[1].trace() - 2 * roots
@@ -646,12 +652,37 @@ def test_scores_of_a_run(fitted, tmp_path):
         run("quality", fitted[0], "--judge", tmp_path)
 
 
-def test_study_makes_a_table_and_goes_on(config, tmp_path):
-    rows = study(config, ["none", "sincos + axial"], [3], tmp_path, options=["--trainer.max_epochs", "1"])
-    assert [(row["position"], row["seed"]) for row in rows] == [("none", 3), ("sincos + axial", 3)]
-    assert rows[0]["val/loss"] != rows[1]["val/loss"]
-    assert (tmp_path / "sincos+axial" / "3" / "summary.json").is_file()
-    assert study(config, ["none"], [3], tmp_path) == rows[:1]
+def test_study_goes_on_and_its_table_has_all_that_lies_there(judge, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("host.yaml").write_text(yaml.safe_dump({**CONFIG, "out": "host"}))
+    made = ["host.yaml", "--seed", "3", "--judge", str(judge), "--n", "20", "--steps", "2", "--trainer.max_epochs=2"]
+    study.main([*made, "--position", "none", "--csv", "first.csv"])
+    times = {path: path.stat().st_mtime_ns for path in Path("host/none").rglob("*")}
+    study.main([*made, "--position", "sincos + axial", "none", "--csv", "all.csv"])
+    assert {path: path.stat().st_mtime_ns for path in Path("host/none").rglob("*")} == times
+    first, rows = (list(csv.DictReader(Path(name).read_text().splitlines())) for name in ("first.csv", "all.csv"))
+    assert [{key: row[key] for key in first[0]} for row in rows[:2]] == first
+    assert {row["host"] for row in rows} == {"RopeDiT on Digits"}
+    steps = [json.loads(line) for line in Path("host/none/3/metrics.jsonl").read_text().splitlines()]
+    steps = [(line["step"] + 1, line["val/loss"]) for line in steps if "val/loss" in line]
+    assert [(int(row["step"]), float(row["val/loss"])) for row in first] == steps
+    assert [(row["position"], row["seed"]) for row in rows] == 2 * [("none", "3")] + 2 * [("sincos + axial", "3")]
+    assert [bool(row["seconds"] and row["fd"] and row["parts"]) for row in rows] == [False, True] * 2
+    assert "val/loss_t900" in first[0]
+    main(["plot", "study", "all.csv", "--out", "deep/study.png"])
+    assert capsys.readouterr().out.splitlines()[-1] == "deep/study.png"
+    assert Image.open("deep/study.png").size[0] < Image.open("deep/study.png").size[1]  # one host, four panels
+
+
+def test_study_and_its_plot_say_what_is_missing(tmp_path, capsys):
+    Path(tmp_path, "c.yaml").write_text(f"out: {tmp_path / 'none'}")
+    with pytest.raises(SystemExit, match=r"error: no finished runs in .*none; make some with --position"):
+        study.main([str(tmp_path / "c.yaml")])
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit):
+        main(["plot", "study", str(tmp_path / "other.csv"), "--out", str(tmp_path / "a.png")])
+    assert "other.csv is no table of a study; python -m vit_rope.training.study writes" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_study_data(tmp_path):
