@@ -21,9 +21,9 @@ from vit_rope import sampling
 from vit_rope.__main__ import main
 from vit_rope.denoiser import RopeDiT
 from vit_rope.sampling import SCHEDULERS, Trained, load, sample, sample_batches
-from vit_rope.training import data, study
+from vit_rope.training import data, quality, study
 from vit_rope.training.diffusion import Diffusion, make_noise, make_target, snr_weight
-from vit_rope.training.quality import Judge, connected_parts, copy_error, frechet_distance, scores
+from vit_rope.training.quality import Inception, Judge, connected_parts, copy_error, frechet_distance, scores
 from vit_rope.unet import RopeUNet2DModel
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*ddpm*.yaml"))
@@ -637,7 +637,10 @@ def test_scores_of_a_run(fitted, judge, tmp_path):
     assert [line.split()[0] for line in text.splitlines()] == list(found)
     assert list(found) == ["n", "fd", "fd_floor", "asked", "parts", "parts_real"]
     assert 0 < found["fd_floor"] < found["fd"]
-    with pytest.raises(ValueError, match="needs as many test images as samples, but there are only 258; lower n"):
+    with pytest.raises(
+        ValueError,
+        match="needs as many test images as samples, but there are only 258; lower n, or leave the floor out",
+    ):
         scores(fitted[0], judge, n=300, steps=2)
     jury = Judge(judge)
     real, other = torch.rand(500, 1, 8, 8) * 2 - 1, torch.rand(500, 1, 8, 8) - 1
@@ -650,6 +653,66 @@ def test_scores_of_a_run(fitted, judge, tmp_path):
     assert far == pytest.approx(float(wanted), rel=0.02)
     with pytest.raises(SystemExit, match=r"error: .*no model\.safetensors; --judge wants a finished run"):
         run("quality", fitted[0], "--judge", tmp_path)
+
+
+class Pools(nn.Module):
+    """A stand-in for the Inception network: means of patches as features."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path, antialias):
+        super().__init__()
+        self.made_with = (name, features_list, feature_extractor_weights_path, antialias)
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        assert images.shape[1] == 3
+        return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
+def test_inception_judges_who_has_its_weights(fitted, tmp_path, monkeypatch):
+    weights = tmp_path / "inception.pth"
+    asked = ("quality", fitted[0], "--n", 30, "--steps", 2, "--reference", 60, "--judge", "inception")
+    refusals = {
+        "error: --judge inception wants --weights, your copy of weights-inception-2015": asked,
+        r"error: .*inception.pth is no file; --weights wants your copy of": (*asked, "--weights", weights),
+        "error: --weights are those of --judge inception": (*asked[:-1], fitted[0], "--weights", weights),
+    }
+    monkeypatch.setattr(quality.importlib.util, "find_spec", lambda name: name)
+    for message, args in refusals.items():
+        with pytest.raises(SystemExit, match=message):
+            run(*args)
+    for content, message in (
+        ({"fc.weight": torch.zeros(10, 2048)}, "has the weights of another network; --weights wants"),
+        ({"fc.weight": Path}, "does not hold weights alone; --weights wants"),
+    ):
+        torch.save(content, weights)
+        with pytest.raises(SystemExit, match=message):
+            run(*asked, "--weights", weights)
+    torch.save({"fc.weight": torch.zeros(1008, 2048)}, weights)
+    monkeypatch.setattr(quality, "NoTrainInceptionV3", Pools)
+    monkeypatch.setattr(Inception, "num_features", 12)
+    found = dict(line.split() for line in run(*asked, "--weights", weights).splitlines())
+    assert list(found) == ["n", "fd", "fd_floor", "parts", "parts_real"]  # it does not know the data's classes
+    assert 0 < float(found["fd_floor"]) < float(found["fd"])
+    assert Inception(weights).model.made_with == ("inception-v3-compat", ["2048"], str(weights), False)
+    without = dict(line.split() for line in run(*asked, "--weights", weights, "--no-floor").splitlines())
+    assert without == {key: value for key, value in found.items() if key != "fd_floor"}
+    monkeypatch.setattr(quality.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="needs the network of torch-fidelity: pip install torch-fidelity"):
+        run(*asked, "--weights", weights)
+
+
+def test_inception_sees_what_the_fid_of_torchmetrics_sees(tmp_path, monkeypatch):
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    with monkeypatch.context() as patch:  # a network of random weights, in place of those that a release has
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *args, **options: None)
+        patch.setattr(nn.Module, "load_state_dict", lambda *args, **options: None)
+        torch.manual_seed(0)
+        network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(network.state_dict(), tmp_path / "random.pth")
+    images = torch.rand(2, 1, 32, 24) * 2 - 1
+    (wanted,) = network(((images + 1) * 127.5).round().byte().repeat(1, 3, 1, 1))
+    assert wanted.std(dim=0).max() > 0
+    torch.testing.assert_close(Inception(tmp_path / "random.pth")(images), wanted)
 
 
 def test_study_goes_on_and_its_table_has_all_that_lies_there(judge, tmp_path, monkeypatch, capsys):
@@ -671,7 +734,8 @@ def test_study_goes_on_and_its_table_has_all_that_lies_there(judge, tmp_path, mo
     assert "val/loss_t900" in first[0]
     main(["plot", "study", "all.csv", "--out", "deep/study.png"])
     assert capsys.readouterr().out.splitlines()[-1] == "deep/study.png"
-    assert Image.open("deep/study.png").size[0] < Image.open("deep/study.png").size[1]  # one host, four panels
+    with Image.open("deep/study.png") as picture:
+        assert picture.size[0] < picture.size[1]  # one host, four panels
 
 
 def test_study_and_its_plot_say_what_is_missing(tmp_path, capsys):
