@@ -359,6 +359,13 @@ def test_transformer(spec, tmp_path):
     torch.testing.assert_close(half.float(), out, rtol=0.1, atol=0.1)
 
 
+def test_a_transformer_begins_anew_what_its_folder_does_not_have(tmp_path):
+    transformer(position="axial").unet.save_pretrained(tmp_path)
+    model = RopeDiT.from_pretrained(tmp_path, position="learned")
+    assert 0.01 < model.scheme.table.std() < 0.03
+    assert model.config.position == "learned"
+
+
 def test_transformer_sees_places_only_through_positions():
     x = torch.randn(1, 1, 8, 8)
     for spec, moved in (("none", True), ("axial", False)):

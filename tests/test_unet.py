@@ -422,6 +422,19 @@ def test_save_and_load(spec, tmp_path):
     assert not [name for name, tensor in again.named_parameters() if tensor.is_meta]
 
 
+@pytest.mark.parametrize("spec", ["mixed", "learned + axial"])
+def test_what_a_folder_does_not_have_begins_anew(spec, tmp_path):
+    plain().save_pretrained(tmp_path)
+    model, facts = RopeUNet2DModel.from_pretrained(tmp_path, position=spec, output_loading_info=True)
+    assert all(".position." in key for key in facts["missing_keys"])
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert model.config.position == spec
+    places = model.mid_block.attentions[0].position
+    places = getattr(places, "parts", [places])[0]
+    assert 0 < next(places.parameters()).std() < 1
+    assert call(model).isfinite().all()
+
+
 def test_config_keys_stand_beside_the_stock_ones():
     stock, ours = plain().config, rope().config
     keys = {"position": "axial", "position_unit": "index", "position_origin": 0.0, "zero_init": False}
