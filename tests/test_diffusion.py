@@ -417,6 +417,20 @@ def test_pictures_are_of_the_averaged_weights_and_the_same_noise(fitted):
     assert np.array_equal(found, np.asarray(sampling.picture(images, 10)))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_every_process_draws_and_the_first_one_writes(tmp_path, monkeypatch, first):
+    learner = Diffusion(**{**CONFIG["model"]["init_args"], "num_classes": 10, "in_chans": 1, "img_size": 8})
+    learner._trainer = SimpleNamespace(
+        current_epoch=1, max_epochs=2, state=SimpleNamespace(fn="fit"), fast_dev_run=False, is_global_zero=first,
+        checkpoint_callback=SimpleNamespace(dirpath=str(tmp_path / "checkpoints")),
+    )  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(sampling, "sample", lambda trained, n, *args: drawn.append(n) or torch.zeros(n, 1, 8, 8))
+    learner._draw()
+    assert drawn == [12]
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["epoch_0002.png"] * first
+
+
 def test_run_checkpoint_and_pipeline_draw_the_same(fitted):
     folder, _ = fitted
     places = (folder, folder / "checkpoints" / "best.ckpt", folder / "exported")

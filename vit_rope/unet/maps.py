@@ -76,7 +76,7 @@ def build_at(name: str, level: int, spec: str, layout: MapLayout, remedy: str) -
 
 
 def begin_missing(model: nn.Module, missing: Sequence[str]) -> None:
-    """Let the schemes begin anew whose parameters are `missing` in a folder: diffusers leaves them empty, or on meta."""
+    """Let the schemes begin anew whose parameters are `missing` in a folder; diffusers leaves them empty or on meta."""
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
     for name, module in model.named_modules():
         own = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
