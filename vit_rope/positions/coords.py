@@ -52,6 +52,11 @@ def cell(
     return (coords + 1) * spans / 2 - 0.5
 
 
+def reach(shape: Sequence[int], unit: str = "index") -> list[float]:
+    """How far a grid goes along each axis: as many cells, each as far as one is from the next."""
+    return [float(n) if unit == "index" else 2 * n / _span(n, unit, shape) for n in shape]
+
+
 def check(coords: Tensor, axes: int | None = None, finite: bool | None = None) -> Tensor:
     """The coordinates (N, A) or (B, N, A) themselves, as float32 or float64.
 
