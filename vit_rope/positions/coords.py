@@ -52,9 +52,10 @@ def cell(
     return (coords + 1) * spans / 2 - 0.5
 
 
-def reach(shape: Sequence[int], unit: str = "index") -> list[float]:
-    """How far a grid goes along each axis: as many cells, each as far as one is from the next."""
-    return [float(n) if unit == "index" else 2 * n / _span(n, unit, shape) for n in shape]
+def growth(shape: Sequence[int], larger: Sequence[int], unit: str = "index") -> list[float]:
+    """How many times farther coordinates reach on a larger grid, along each axis; once where the unit goes with it."""
+    sizes = zip(shape, larger, strict=True)
+    return [m / n if unit == "index" else m / _span(m, unit, larger) * _span(n, unit, shape) / n for n, m in sizes]
 
 
 def check(coords: Tensor, axes: int | None = None, finite: bool | None = None) -> Tensor:

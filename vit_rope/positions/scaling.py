@@ -1,13 +1,11 @@
-"""Rotary schemes for grids larger than that of training: modifiers, written "yarn(axial)" or "ntk(mixed, factor=2)".
+"""Rotary schemes on grids larger than that of training: modifiers, written "ntk(axial, factor=2)" or "dynamic(mixed)".
 
-Beyond the training grid the slow pairs reach angles that no layer has seen. Each modifier gives frequencies that fall
-as the grid grows by a factor, along each axis its own: `interpolate` divides all of them alike, `ntk` the slowest most
-and the fastest not at all, `yarn` those that made less than a turn over the training grid. They hold for fixed and for
-learned frequencies, which keep their names in a state dict: a trained model takes any of them without other weights.
-
-Factor   how many times farther coordinates reach than in training: a number, one for each axis, or, where None, what
-         the grid at hand says (1 where coordinates come without a grid, or reach no farther)
-Sums     a modifier of a sum changes its rotary parts: yarn(sincos + axial) is sincos + yarn(axial)
+Beyond the training grid the slow pairs reach angles that no layer has seen. Each modifier lowers frequencies by how
+many times farther coordinates reach than in training, a factor that may be another for each axis: `interpolate` divides
+all alike, `ntk` the slowest most and the fastest not at all, `yarn` those that made less than a turn over the training
+grid; `dynamic` is `ntk` by what the grid at hand says. They hold for fixed and for learned frequencies, which keep
+their names in a state dict: a trained model takes any of them without other weights. A modifier of a sum changes its
+rotary parts: yarn(sincos + axial) is sincos + yarn(axial).
 """
 
 import math
@@ -24,15 +22,16 @@ from .encoding import Encoding
 from .rotary import Rotary
 from .specs import register
 
-Factor = float | tuple[float, ...] | None
+Factor = float | tuple[float, ...]
 Rule = Callable[[Tensor, Sequence[float], Sequence[float]], Tensor]  # of frequencies, factors and reach in training
 
 
 class Scaled(Rotary):
-    """A rotary scheme whose frequencies a rule rescales by the factor of each axis, under the same parameter names.
+    """A rotary scheme whose frequencies a rule lowers by the factor of each axis, under the same parameter names.
 
-    `temperature` t makes logits (t ln s + 1)² times as large, s being the geometric mean of the factors; `surplus`
-    multiplies how far a factor that the grid says is beyond 1.
+    With `dynamic`, factor f makes that 1 + f (s - 1) on a grid that reaches s >= 1 times as far as that of training; it
+    is 1 for coordinates without a grid. A temperature t makes logits (t ln s + 1)² times as large, s being the
+    geometric mean of the factors.
     """
 
     def __init__(
@@ -40,69 +39,68 @@ class Scaled(Rotary):
         layout: Layout,
         scheme: Rotary,
         rule: Rule,
-        factor: Factor = None,
+        factor: Factor,
+        dynamic: bool = False,
         temperature: float = 0.0,
-        surplus: float | tuple[float, ...] = 1.0,
     ) -> None:
         super().__init__(scheme.initial, scheme.pairs, scheme.freqs is not None)
-        self.layout, self.rule, self.temperature = layout, rule, temperature
-        self.factor = None if factor is None else _of_axes("factor", factor, layout)
-        self.surplus = _of_axes("factor", surplus, layout)
-        one = torch.stack((torch.zeros(layout.axes), torch.ones(layout.axes)))
-        pitch = 1 / layout.cell(one).diff(dim=0)[0]  # how far a cell is from the next
+        self.factor = factor if isinstance(factor, tuple) else (factor,) * layout.axes
+        if len(self.factor) != layout.axes or min(self.factor) <= 0:
+            raise ValueError(f"factor is a positive number, or one for each of {layout.axes} axes, got {factor}")
+        self.layout, self.rule, self.dynamic = layout, rule, dynamic
+        self.scale = (temperature * sum(map(math.log, self.factor)) / layout.axes + 1) ** 2
+        ends = torch.tensor([[0.0], [1.0]], device="cpu").expand(2, layout.axes)
+        pitch = 1 / layout.cell(ends).diff(dim=0)[0]  # how far a cell is from the next
         self.reach = [n * float(distance) for n, distance in zip(layout.grid, pitch, strict=True)]
 
     def factors(self, grid: Sequence[int] | None) -> Sequence[float]:
         """The factor of each axis for coordinates on a grid."""
-        if self.factor is not None:
+        if not self.dynamic:
             return self.factor
-        if grid is None:
-            return [1.0] * self.layout.axes
-        now, then = (places.reach(shape, self.layout.unit) for shape in (grid, self.layout.grid))
-        return [1 + s * (torch.sym_max(n / m, 1.0) - 1) for s, n, m in zip(self.surplus, now, then, strict=True)]
+        growth = [1.0] * self.layout.axes if grid is None else places.growth(self.layout.grid, grid, self.layout.unit)
+        return [1 + factor * (torch.sym_max(s, 1.0) - 1) for factor, s in zip(self.factor, growth, strict=True)]
 
     def frequencies(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         return self.rule(super().frequencies(coords, grid), self.factors(grid), self.reach)
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
-        encoding = super().encode(coords, key_coords, grid)
-        if not self.temperature:
-            return encoding
-        growth = sum(math.log(factor) for factor in self.factors(grid)) / self.layout.axes
-        return encoding._replace(scale=(self.temperature * growth + 1) ** 2)
+        return super().encode(coords, key_coords, grid)._replace(scale=self.scale)
 
 
 @register
-def interpolate(layout: Layout, scheme: Position, factor: Factor = None) -> Position:
+def interpolate(layout: Layout, scheme: Position, factor: Factor = 2.0) -> Position:
     """All frequencies are divided by the factor, as if the larger grid were squeezed into the other (arXiv:2306.15595).
 
     Raises ValueError, as all modifiers do, for a factor that is not positive or of another number of axes, and where no
     part of the scheme is rotary along the axes of the grid.
     """
-    return _modify(layout, scheme, "interpolate", interpolated, factor=factor)
+    return _modify(layout, scheme, "interpolate", interpolated, factor)
 
 
 @register
-def ntk(layout: Layout, scheme: Position, factor: Factor = None) -> Position:
+def ntk(layout: Layout, scheme: Position, factor: Factor = 2.0) -> Position:
     """The base grows, such that the fastest pair of each axis stays and the slowest is divided by the factor.
 
     "NTK-aware" scaling: base * s^(P / (P - 1)) for P pairs on an axis. Pairs that turn along several axes are ranked by
     the logarithm of their speed, which is the same for geometric frequencies.
     """
-    return _modify(layout, scheme, "ntk", ntk_aware, factor=factor)
+    return _modify(layout, scheme, "ntk", ntk_aware, factor)
 
 
 @register
-def dynamic(layout: Layout, scheme: Position, factor: float | tuple[float, ...] = 1.0) -> Position:
-    """`ntk` by what the grid at hand says: factor * s - (factor - 1) where the grid is s times that of training."""
-    return _modify(layout, scheme, "dynamic", ntk_aware, surplus=factor)
+def dynamic(layout: Layout, scheme: Position, factor: Factor = 1.0) -> Position:
+    """`ntk` by what the grid at hand says: factor * s - (factor - 1) where it reaches s times as far as in training.
+
+    No farther, or without a grid, nothing changes: a model can be trained with it.
+    """
+    return _modify(layout, scheme, "dynamic", ntk_aware, factor, dynamic=True)
 
 
 @register
 def yarn(
     layout: Layout,
     scheme: Position,
-    factor: Factor = None,
+    factor: Factor = 2.0,
     slow: float = 0.5,
     fast: float = 2.0,
     temperature: float = 0.1,
@@ -110,13 +108,13 @@ def yarn(
     """Pairs that made `fast` turns over the training grid stay, those below `slow` are interpolated (arXiv:2309.00071).
 
     Between them the share grows with the number of turns, counted from one corner of the grid to the other. Half a turn
-    shows attention that looks both ways all phases; the paper's 1 and 32 are for texts. Logits are multiplied by
+    shows all phases to attention that looks both ways; the paper's 1 and 32 are for texts. Logits are multiplied by
     (temperature * ln s + 1)². Raises ValueError also unless 0 <= slow < fast and temperature >= 0.
     """
     if not 0 <= slow < fast or temperature < 0:
         raise ValueError(f"yarn wants 0 <= slow < fast and temperature >= 0, got {slow}, {fast} and {temperature}")
     rule = partial(by_parts, slow=slow, fast=fast)
-    return _modify(layout, scheme, "yarn", rule, factor=factor, temperature=temperature)
+    return _modify(layout, scheme, "yarn", rule, factor, temperature=temperature)
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
@@ -154,13 +152,13 @@ def by_parts(freqs: Tensor, factors: Sequence[float], reach: Sequence[float], sl
 # ---- schemes --------------------------------------------------------------------------------------------------------
 
 
-def _modify(layout: Layout, scheme: Position, name: str, rule: Rule, **options: Any) -> Position:
+def _modify(layout: Layout, scheme: Position, name: str, rule: Rule, factor: Factor, **options: Any) -> Position:
     """The scheme with its rotary parts under a rule, the others as they are."""
     parts = [cast(Position, part) for part in scheme.parts] if isinstance(scheme, Sum) else [scheme]
     if not any(map(_along_axes, parts)):
         kinds = " + ".join(type(part).__name__ for part in parts)
         raise ValueError(f"{name} modifies schemes that rotate along the axes, such as axial or mixed, not {kinds}")
-    changed = [Scaled(layout, part, rule, **options) if _along_axes(part) else part for part in parts]
+    changed = [Scaled(layout, part, rule, factor, **options) if _along_axes(part) else part for part in parts]
     return Sum(*changed) if isinstance(scheme, Sum) else changed[0]
 
 
@@ -168,12 +166,3 @@ def _along_axes(scheme: Position) -> bool:
     """Whether a scheme is its frequencies alone, which no class of its own treats in another way."""
     cls = type(scheme)
     return issubclass(cls, Rotary) and (cls.encode, cls.frequencies) == (Rotary.encode, Rotary.frequencies)
-
-
-def _of_axes(name: str, value: float | tuple[float, ...], layout: Layout) -> tuple[float, ...]:
-    values = value if isinstance(value, tuple) else (value,) * layout.axes
-    if len(values) != layout.axes or min(values) <= 0:
-        raise ValueError(
-            f"{name} wants a positive number, or one for each of the {layout.axes} axes of the grid, got {value}"
-        )
-    return values
