@@ -592,6 +592,66 @@ def test_colours_are_rgb(tmp_path):
         sampling.picture(torch.zeros(1, 2, 4, 4))
 
 
+@pytest.mark.parametrize(
+    ("scaling", "spec"),
+    [
+        ("ntk", "ntk(sincos + axial(base=100), factor=(2.0, 1.0))"),
+        ("yarn(slow=0.1)", "yarn(sincos + axial(base=100), factor=(2.0, 1.0), slow=0.1)"),
+        ("interpolate(factor=3)", "interpolate(sincos + axial(base=100), factor=3)"),
+        ("dynamic", "dynamic(sincos + axial(base=100))"),
+    ],
+)
+def test_larger_sizes_with_scaled_positions(fitted, tmp_path, scaling, spec):
+    trained = load(fitted[0], scaling=scaling, size=(16, 8))
+    assert trained.unet.config.position == spec
+    again = load(fitted[0] / "exported", scaling=scaling, size=(16, 8))
+    images = sample(trained, 2, 2, size=(16, 8), labels=[1])
+    assert torch.equal(images, sample(again, 2, 2, size=(16, 8), labels=[1]))
+    assert not torch.equal(images, sample(load(fitted[0]), 2, 2, size=(16, 8), labels=[1]))
+    out = tmp_path / "wide.png"
+    run("sample", fitted[0], "--n", 2, "--steps", 2, "--size", 16, 8, "--scaling", scaling, "--label", 1, "--out", out)
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(sampling.picture(images)))
+
+
+def test_learned_frequencies_are_scaled_as_they_were_trained(tmp_path):
+    trained = transformer(position="mixed")
+    sampling.save(trained, tmp_path)
+    scaled = load(tmp_path, scaling="interpolate", size=(16, 16)).unet
+    assert torch.equal(scaled.scheme.freqs, trained.unet.scheme.freqs)
+    where = scaled.layout.coords([4, 4])
+    torch.testing.assert_close(scaled.scheme.frequencies(where) * 2, trained.unet.scheme.freqs)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "size", "match"),
+    [
+        (
+            "ntk",
+            None,
+            "sizes that reach farther than the 8 x 8 of training, in positions of unit 'index'",
+        ),
+        ("yarn", (8, 4), "give a larger size, or leave scaling out"),
+        ("flat", (16, 16), "flat modifies no other scheme, got 1"),
+        ("ntc", (16, 16), "no position scheme is called 'ntc'; did you mean ntk"),
+        ("yarn(slow)", (16, 16), "cannot read position spec"),
+    ],
+)
+def test_nothing_to_scale(tmp_path, scaling, size, match):
+    sampling.save(transformer(), tmp_path)
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path, scaling=scaling, size=size)
+
+
+def test_only_what_has_positions_is_scaled(tmp_path):
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    sampling.save(Trained(unet, make_noise(1000, "linear", "epsilon")), tmp_path)
+    with pytest.raises(ValueError, match="a UNet2DModel without positions has nothing to scale; leave scaling out"):
+        load(tmp_path, scaling="ntk", size=(16, 16))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(fitted, tmp_path, dtype):
     out = tmp_path / "a.png"

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from .positions import coords
 from .training import checkpoints
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # by the names that samplers go by, diffusers' classes
@@ -292,11 +293,19 @@ def _null(trained: Trained) -> int:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Trained:
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    scaling: str | None = None,
+    size: Sequence[int] | None = None,
+) -> Trained:
     """The denoiser in a run's folder (its best checkpoint), a Lightning checkpoint or a diffusers pipeline's folder.
 
-    Checkpoints hold averaged weights where the run kept an average. No code in a file is run. Raises FileNotFoundError
-    where there is nothing and ValueError for anything else than a denoiser, such as a classifier.
+    Checkpoints hold averaged weights where the run kept an average. For a `size` (height, width) beyond that of
+    training, `scaling` names a modifier of its rotary positions, such as "ntk" or "yarn(slow=0.3)", whose factors are
+    how much farther the size reaches. No code in a file is run. Raises FileNotFoundError where there is nothing and
+    ValueError for anything else than a denoiser, such as a classifier, and where there is nothing to scale.
     """
     path = Path(path)
     if path.is_dir():
@@ -305,7 +314,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         if found is None:
             raise FileNotFoundError(f"{path} is neither a run nor a diffusers pipeline: none of {', '.join(places)}")
         path = found
-    trained = _pipeline(path.parent) if path.name == "model_index.json" else _checkpoint(path)
+    read = _pipeline if path.name == "model_index.json" else _checkpoint
+    trained = read(path, lambda config: {} if scaling is None else {"position": _scaled(config, scaling, size)})
     # not diffusers' own method, which warns of positions: they keep their precision by themselves
     return trained._replace(unet=torch.nn.Module.to(trained.unet, device, dtype).eval().requires_grad_(False))
 
@@ -331,7 +341,25 @@ def save(trained: Trained, folder: str | Path) -> None:
         Path(folder, "labels.json").write_text(text + "\n")
 
 
-def _checkpoint(path: Path) -> Trained:
+def _scaled(config: dict[str, Any], scaling: str, size: Sequence[int] | None) -> str:
+    """The positions of a model of this config under a modifier, with factors that fit the size unless it has some."""
+    spec, unit, trained = config.get("position"), config.get("position_unit", "index"), config["sample_size"]
+    if spec is None:
+        raise ValueError(f"a {config['_class_name']} without positions has nothing to scale; leave scaling out")
+    trained = (trained, trained) if isinstance(trained, int) else trained
+    growth = coords.growth(trained, trained if size is None else size, "index" if unit == "pixel" else unit)
+    if max(growth) <= 1:
+        raise ValueError(
+            f"scaling is for sizes that reach farther than the {trained[0]} x {trained[1]} of training, in positions "
+            f"of unit {unit!r}; give a larger size, or leave scaling out"
+        )
+    name, _, options = scaling.strip().removesuffix(")").partition("(")
+    if name != "dynamic" and "factor" not in options:
+        options = ", ".join(filter(None, (f"factor={tuple(max(1.0, factor) for factor in growth)}", options)))
+    return f"{name}({spec}{options and ', '}{options})"
+
+
+def _checkpoint(path: Path, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> Trained:
     content = checkpoints.read(path)
     facts = content.get("denoiser")
     if facts is None:
@@ -339,18 +367,19 @@ def _checkpoint(path: Path) -> Trained:
         name = str((config.get("model") or {}).get("class_path", "another program")).rpartition(".")[2]
         raise ValueError(f"{path} is a checkpoint of {name}; only models that Diffusion trained can be sampled")
     cls = _model_class(facts["unet"]["_class_name"])
-    unet = cls.from_config(facts["unet"])
+    unet = cls.from_config(facts["unet"] | changes(facts["unet"]))
     weights = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
     checkpoints.check_fit(unet, weights, cls.__name__)
     unet.load_state_dict(weights)
     return Trained(unet, _noise(facts["noise"]), facts["classes"], facts["null_label"])
 
 
-def _pipeline(folder: Path) -> Trained:
-    index = json.loads((folder / "model_index.json").read_text())
+def _pipeline(path: Path, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> Trained:
+    folder, index = path.parent, json.loads(path.read_text())
     if not {"unet", "scheduler"} <= set(index):
         raise ValueError(f"{folder} is a {index.get('_class_name')}; sample wants a pipeline of a unet and a scheduler")
-    unet = _model_class(index["unet"][1]).from_pretrained(folder / "unet", local_files_only=True)
+    changed = changes(json.loads((folder / "unet" / "config.json").read_text()))
+    unet = _model_class(index["unet"][1]).from_pretrained(folder / "unet", local_files_only=True, **changed)
     noise = _noise(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
     facts: dict[str, Any] = {"classes": unet.config.num_class_embeds or 0, "null_label": None}
     if (folder / "labels.json").is_file():
@@ -432,7 +461,7 @@ def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     check_scheduler(options.scheduler)
     _check_free(options)
-    trained = load(options.model, options.device, DTYPES[options.dtype])
+    trained = load(options.model, options.device, DTYPES[options.dtype], options.scaling, options.size)
     console, frames = Console(stderr=True), list[Tensor]()
     columns = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(None), TimeRemainingColumn(), TextColumn("left"))
     with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
@@ -480,6 +509,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=50, help="calls of the network for each (default: %(default)s)")
     add("--scheduler", default="ddim", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: %(default)s)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="in pixels, also one that was never trained on")
+    add(
+        "--scaling", metavar="MODIFIER", help="of rotary positions for a larger --size: ntk, interpolate, yarn, dynamic"
+    )
     add("--label", type=int, nargs="+", help="classes to draw, in turn; left out, a model with classes draws of any")
     add("--guidance", type=float, default=1.0, help="above 1 exaggerates what the label changes (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the first image, the next one's is one more (default: %(default)s)")
