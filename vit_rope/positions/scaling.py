@@ -11,7 +11,7 @@ rotary parts: yarn(sincos + axial) is sincos + yarn(axial).
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .rotary import Rotary
 from .specs import register
 
 Factor = float | tuple[float, ...]
-Rule = Callable[[Tensor, Sequence[float], Sequence[float]], Tensor]  # of frequencies, factors and reach in training
+Rule = Callable[[Tensor, Sequence[Any], Sequence[float]], Tensor]  # of frequencies, factors and reach in training
 
 
 class Scaled(Rotary):
@@ -53,7 +53,7 @@ class Scaled(Rotary):
         pitch = 1 / layout.cell(ends).diff(dim=0)[0]  # how far a cell is from the next
         self.reach = [n * float(distance) for n, distance in zip(layout.grid, pitch, strict=True)]
 
-    def factors(self, grid: Sequence[int] | None) -> Sequence[float]:
+    def factors(self, grid: Sequence[int] | None) -> Sequence[Any]:
         """The factor of each axis for coordinates on a grid."""
         if not self.dynamic:
             return self.factor
@@ -120,12 +120,12 @@ def yarn(
 # ---- rules ----------------------------------------------------------------------------------------------------------
 
 
-def interpolated(freqs: Tensor, factors: Sequence[float], reach: Sequence[float]) -> Tensor:
+def interpolated(freqs: Tensor, factors: Sequence[Any], reach: Sequence[float]) -> Tensor:
     """Frequencies (L, H, A, R) divided by the factor of each axis."""
     return torch.stack([freqs[..., a, :] / factor for a, factor in enumerate(factors)], dim=-2)
 
 
-def ntk_aware(freqs: Tensor, factors: Sequence[float], reach: Sequence[float]) -> Tensor:
+def ntk_aware(freqs: Tensor, factors: Sequence[Any], reach: Sequence[float]) -> Tensor:
     """Frequencies divided by factor^r, r the rank of a pair among those of the axis: 0 for the fastest, 1 slowest."""
     rank = ranks(freqs.detach())
     return torch.stack([freqs[..., a, :] * factor ** -rank[..., a, :] for a, factor in enumerate(factors)], dim=-2)
@@ -142,7 +142,7 @@ def ranks(freqs: Tensor) -> Tensor:
     return torch.where(lone, 1.0, (fastest / speed).log() / torch.where(lone, 1.0, spread))
 
 
-def by_parts(freqs: Tensor, factors: Sequence[float], reach: Sequence[float], slow: float, fast: float) -> Tensor:
+def by_parts(freqs: Tensor, factors: Sequence[Any], reach: Sequence[float], slow: float, fast: float) -> Tensor:
     """Frequencies of which pairs with few turns over the reach of the training grid are divided by the factors."""
     turns = sum(freqs.detach()[..., a, :].abs() * length for a, length in enumerate(reach)) / (2 * math.pi)
     kept = ((cast(Tensor, turns) - slow) / (fast - slow)).clamp(0, 1)[..., None, :]
@@ -162,7 +162,7 @@ def _modify(layout: Layout, scheme: Position, name: str, rule: Rule, factor: Fac
     return Sum(*changed) if isinstance(scheme, Sum) else changed[0]
 
 
-def _along_axes(scheme: Position) -> bool:
+def _along_axes(scheme: Position) -> TypeGuard[Rotary]:
     """Whether a scheme is its frequencies alone, which no class of its own treats in another way."""
     cls = type(scheme)
     return issubclass(cls, Rotary) and (cls.encode, cls.frequencies) == (Rotary.encode, Rotary.frequencies)
