@@ -1,7 +1,6 @@
 """What every registered scheme promises, on one, two and three axes, whoever wrote it."""
 
 import copy
-import inspect
 import io
 
 import pytest
@@ -9,21 +8,13 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_flatten
 
+from tests.conftest import spec_of
 from vit_rope.attention import attend
-from vit_rope.positions import Encoding, Layout, Position, build, schemes, specs
+from vit_rope.positions import Encoding, Layout, Position, build, schemes
 from vit_rope.positions.coords import grid
 from vit_rope.vit import RopeViT
 
 GRIDS = {1: (7,), 2: (4, 5), 3: (2, 3, 4)}
-
-
-def spec_of(name):
-    """A registered name as a spec: what modifies another scheme gets one to modify."""
-    parameters = list(inspect.signature(specs._SCHEMES[name]).parameters.values())[1:]
-    parts = ["axial" for parameter in parameters if parameter.default is parameter.empty]
-    return f"{name}({', '.join(parts)})" if parts else name
-
-
 SPECS = [*map(spec_of, schemes()), "learned + mixed", "axial + mixed", "sincos(axes=1) + flat"]
 SPECS += ['axial(pairs="half", share="rest")', "dynamic(learned + mixed)"]
 EVERY = [(spec, axes) for spec in SPECS for axes in GRIDS]

@@ -32,12 +32,13 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from tests.conftest import spec_of
 from vit_rope import unet as unets
 from vit_rope.positions import Rotary, schemes
 from vit_rope.unet import RopeUNet2DConditionModel, RopeUNet2DModel, add_positions, remove_positions
 from vit_rope.unet.maps import map_layout
 
-SPECS = [*schemes(), "learned + mixed", 'sincos + axial(pairs="half")']
+SPECS = [*map(spec_of, schemes()), "learned + mixed", 'sincos + axial(pairs="half")']
 SMALL = {
     "sample_size": 16,
     "in_channels": 1,
@@ -779,7 +780,7 @@ def test_linear_attention_turns_the_numerator_alone():
         weights = torch.stack([(rotation[m] @ q[0, 0, m]) @ (rotation[n] @ k[0, 0, n]) for n in range(12)])
         torch.testing.assert_close(out[0, 0, m], weights @ v[0, 0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="linear attention has no logits"):
-        lucidrains.attend_linear(q, k, v, encoding._replace(bias=torch.zeros(1, 1, 1, 12, 12)))
+        lucidrains.attend_linear(q, k, v, encoding._replace(bias=[torch.zeros(1, 1, 12, 12)]))
 
 
 def test_lucidrains_bad_input(lucid):
