@@ -107,7 +107,7 @@ def plot_study(table: str | Path, out: str = "study.png") -> Path:
     figure.legend(handles, list(colours), loc="outside upper center", ncols=len(colours), frameon=False)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     return path
 
 
