@@ -230,7 +230,8 @@ def test_every_scheduler_draws_what_an_exact_denoiser_knows(name, schedule):
         for error, most in ((0.0, 0.03), (0.05, 0.08)):  # unclipped, the second blows up by the factor of a hundred
             scheduler = sampling.make_scheduler(name, noise, 20)
             generators = [torch.Generator().manual_seed(i) for i in range(4)]
-            images = sampling.denoise(Trained(Exact(noise, error), noise), scheduler, generators, (16, 16))
+            start = torch.cat([torch.randn(1, 1, 16, 16, generator=generator) for generator in generators])
+            images = sampling.denoise(Trained(Exact(noise, error), noise), scheduler, start, generators)
             nearest = torch.where(images > -0.05, 0.5, -0.6)
             # these two overshoot, but stay where they are
             assert (images - nearest).abs().mean() < most * (3 if name in ("pndm", "deis") else 1), (kind, error)
@@ -263,6 +264,23 @@ def test_an_image_is_the_same_however_many_are_drawn(make, name):
         assert torch.equal(torch.cat(parts), many[:11])
     torch.testing.assert_close(sample(trained, 1, 3, name, seed=7), many[2:3], rtol=0, atol=1e-3)
     assert not torch.equal(many[0], many[1])
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_a_walk_leads_from_one_seed_to_another(name):
+    trained = transformer(size=32)
+    images = sample(trained, 6, 4, name, seed=3, until=8)
+    assert torch.equal(images[0], sample(trained, 1, 4, name, seed=3)[0])
+    if name == "ddim":  # which adds no noise of its own, as the other one does of the first seed
+        torch.testing.assert_close(images[-1], sample(trained, 1, 4, name, seed=8)[0])
+    steps = (images[1:] - images[:-1]).flatten(1).norm(dim=1)
+    assert steps.min() > 0.1
+    assert steps.max() < (images[-1] - images[0]).norm()
+    parts = torch.cat(list(sample_batches(trained, 6, 4, name, seed=3, until=8, batch=4)))
+    assert torch.equal(parts, images)
+    noise = torch.randn(2, 50_000)
+    for share in (0, 0.3, 1):
+        assert sampling.between(noise[0], noise[1], share).std() == pytest.approx(1, abs=0.02)
 
 
 def test_guidance_and_labels():
@@ -581,6 +599,24 @@ def test_pictures_and_files(fitted, tmp_path):
     assert out.read_bytes() == before
     run(*args, *files, "--overwrite", "--seed", 8)
     assert out.read_bytes() != before
+    walk = tmp_path / "walk"
+    run(
+        "sample",
+        fitted[0],
+        "--n",
+        3,
+        "--steps",
+        2,
+        "--seed",
+        7,
+        "--until",
+        9,
+        "--out",
+        tmp_path / "w.png",
+        "--png-dir",
+        walk,
+    )
+    assert sorted(path.name for path in walk.iterdir()) == [f"{i:06}.png" for i in range(3)]
 
 
 def test_colours_are_rgb(tmp_path):

@@ -89,15 +89,17 @@ def sample(
     guidance: float = 1.0,
     seed: int = 0,
     watch: Watch | None = None,
+    until: int | None = None,
 ) -> Tensor:
     """Images (n, C, H, W) in [-1, 1], float32 on the CPU, of which image i depends on `seed + i` and not on `n`.
 
     `size` (height, width) is that of training unless given. `labels` are used in turn; left out, a model with classes
     draws of any. `guidance` above 1 exaggerates what a label changes (classifier-free guidance, arXiv:2207.12598).
     `watch` is called before the first and after every step with the share that is done and the images at hand.
-    Raises ValueError, before any work, for what the model cannot do.
+    With `until`, another seed, the images lie on the way from the noise of `seed` to that of `until`, the first and the
+    last one included. Raises ValueError, before any work, for what the model cannot do.
     """
-    return torch.cat(list(sample_batches(trained, n, steps, scheduler, size, labels, guidance, seed, n, watch)))
+    return torch.cat(list(sample_batches(trained, n, steps, scheduler, size, labels, guidance, seed, n, watch, until)))
 
 
 def sample_batches(
@@ -111,6 +113,7 @@ def sample_batches(
     seed: int = 0,
     batch: int = 64,
     watch: Watch | None = None,
+    until: int | None = None,
 ) -> Iterator[Tensor]:
     """The images of `sample`, `batch` at a time, so that any number needs little memory."""
     if min(n, batch) < 1:
@@ -118,7 +121,7 @@ def sample_batches(
     size = trained.size if size is None else (size[0], size[1])
     check(trained, scheduler, steps, size, labels, guidance)
     device = next(trained.unet.parameters()).device
-    count = tile_size(size, device)
+    count, shape = tile_size(size, device), (trained.unet.config.in_channels, *size)
     tiles = math.ceil(n / count)
 
     def images() -> Iterator[Tensor]:
@@ -129,11 +132,16 @@ def sample_batches(
                 if watch is not None:
                     watch((tile + share) / tiles, x[: n - tile * count])
 
+            generators = [_generator(seed if until is not None else seed + i) for i in numbers]
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+            if until is not None:
+                end = torch.randn(shape, generator=_generator(until))
+                noise = torch.stack([between(x, end, i / max(n - 1, 1)) for i, x in zip(numbers, noise, strict=True)])
             yield from denoise(
                 trained,
                 make_scheduler(scheduler, trained.noise, steps, device),
-                [torch.Generator().manual_seed((seed + i) % 2**63) for i in numbers],
-                size,
+                noise,
+                generators,
                 _labels(trained, labels, numbers, device),
                 guidance,
                 seen,
@@ -151,18 +159,20 @@ def sample_batches(
 def denoise(
     trained: Trained,
     scheduler: Any,
+    x: Tensor,
     generators: list[torch.Generator],
-    size: tuple[int, int],
     labels: Tensor | None = None,
     guidance: float = 1.0,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Images (len(generators), C, *size) by all steps of a scheduler from `make_scheduler`, with the model as it is."""
+    """Images out of noise x (B, C, H, W) by all steps of a scheduler from `make_scheduler`, with the model as it is.
+
+    A scheduler that adds noise on the way takes that of image i from generator i.
+    """
     unet, config = trained.unet, trained.noise.config
     parameter = next(unet.parameters())
     limit = config.clip_sample_range if config.get("clip_sample") else math.inf
     draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    x = torch.cat([torch.randn(1, unet.config.in_channels, *size, generator=g) for g in generators])
     if watch is not None:
         watch(0.0, x)
     x = x.to(parameter.device) * float(scheduler.init_noise_sigma)
@@ -184,6 +194,16 @@ def denoise(
             last = i + 1 == len(scheduler.timesteps)
             watch((i + 1) / len(scheduler.timesteps), (x if last else noisy).clamp(-1, 1).cpu())
     return x.clamp(-1, 1).cpu()
+
+
+def between(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """Noise that is this share of the way from one to another, as strong as they are."""
+    angle = share * math.pi / 2
+    return math.cos(angle) * start + math.sin(angle) * end
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed % 2**63)
 
 
 def make_scheduler(name: str, noise: Any, steps: int, device: torch.device | None = None) -> Any:
@@ -474,10 +494,11 @@ def run(options: argparse.Namespace) -> None:
 
         drawn = []
         chosen = (options.n, options.steps, options.scheduler, options.size, options.label, options.guidance)
-        for images in sample_batches(trained, *chosen, options.seed, options.batch, watch):
+        for images in sample_batches(trained, *chosen, options.seed, options.batch, watch, options.until):
             if options.png_dir:
                 options.png_dir.mkdir(parents=True, exist_ok=True)
-                for i, image in enumerate(to_bytes(images), start=options.seed + sum(map(len, drawn))):
+                first = options.seed if options.until is None else 0
+                for i, image in enumerate(to_bytes(images), start=first + sum(map(len, drawn))):
                     _image(image).save(options.png_dir / f"{i:06}.png")
             drawn.append(images)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -515,10 +536,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--label", type=int, nargs="+", help="classes to draw, in turn; left out, a model with classes draws of any")
     add("--guidance", type=float, default=1.0, help="above 1 exaggerates what the label changes (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the first image, the next one's is one more (default: %(default)s)")
+    add("--until", type=int, metavar="SEED", help="walk from the noise of --seed to that of this one, in --n images")
     add("--batch", type=int, default=64, help="images kept in memory until written to --png-dir (default: %(default)s)")
     add("--out", type=Path, default=Path("samples.png"), help="all images side by side (default: %(default)s)")
     add("--gif", type=Path, help="how they came out of the noise, as a film")
-    add("--png-dir", type=Path, help="a folder for single files, named by their seeds")
+    add("--png-dir", type=Path, help="a folder for single files, named by their seeds, or numbered on a walk")
     add("--overwrite", action="store_true", help="replace files that exist")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="where the network runs (default: %(default)s)")
