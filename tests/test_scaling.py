@@ -117,6 +117,8 @@ def test_lone_and_absent_pairs_have_a_rank():
     one = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.5]])[None, None]
     assert ranks(one)[0, 0].tolist()[0][0] == 1  # a lone frequency counts as the slowest
     assert ranks(one)[0, 0].tolist()[1][1:] == [0, 1]
+    two = torch.tensor([[4.0, 2.0, 0.0, 0.0], [0.0, 0.0, 8.0, 1.0]])[None, None]
+    assert ranks(two)[0, 0, 0, :2].tolist() == ranks(two)[0, 0, 1, 2:].tolist() == [0, 1]  # an axis for itself
     got = freqs("ntk(axial(share=(32, 0)), factor=2)", Layout(width=32, heads=1, grid=(4, 4)))
     assert got.isfinite().all()
 
