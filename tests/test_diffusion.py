@@ -20,6 +20,7 @@ from torch import nn
 from vit_rope import sampling
 from vit_rope.__main__ import main
 from vit_rope.denoiser import RopeDiT
+from vit_rope.plots import plot_study
 from vit_rope.sampling import SCHEDULERS, Trained, load, sample, sample_batches
 from vit_rope.training import data, quality, study
 from vit_rope.training.diffusion import Diffusion, make_noise, make_target, snr_weight
@@ -853,6 +854,17 @@ def test_study_goes_on_and_its_table_has_all_that_lies_there(judge, tmp_path, mo
     assert capsys.readouterr().out.splitlines()[-1] == "deep/study.png"
     with Image.open("deep/study.png") as picture:
         assert picture.size[0] < picture.size[1]  # one host, four panels
+
+
+def test_a_host_without_scores_has_curves_alone(tmp_path):
+    scored = "U-Net,none,0,10,0.5,30,3,1,2,1\nU-Net,none,1,10,0.4,30,4,1,2,1\n"
+    table = "host,position,seed,step,val/loss,seconds,fd,fd_floor,parts,parts_real\n" + scored
+    (tmp_path / "a.csv").write_text(table + "ViT,none,0,10,0.5,30,,,,\n")
+    with Image.open(plot_study(tmp_path / "a.csv", str(tmp_path / "a.png"))) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    left, right = (half[len(half) // 2 :] for half in np.split(pixels[:, : pixels.shape[1] // 2 * 2], 2, axis=1))
+    assert left.min() < 100
+    assert right.min() == 255
 
 
 def test_study_and_its_plot_say_what_is_missing(tmp_path, capsys):

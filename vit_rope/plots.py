@@ -96,13 +96,16 @@ def plot_study(table: str | Path, out: str = "study.png") -> Path:
     hosts = _by(rows, "host")
     colours = {position: f"C{i}" for i, position in enumerate(_by(rows, "position"))}
     draws = {"val/loss": _draw_curves, "val/loss_t000": _draw_levels, "fd": _draw_distance, "parts": _draw_coherence}
-    draws = [draw for key, draw in draws.items() if any(key in row for row in rows)]
+    draws = {key: draw for key, draw in draws.items() if any(key in row for row in rows)}
     figure = Figure(figsize=(4.2 * len(hosts), 2.9 * len(draws) + 0.8), layout="constrained")
     panels = figure.subplots(len(draws), len(hosts), squeeze=False)
     for column, (host, some) in enumerate(hosts.items()):
         panels[0, column].set_title(host)
-        for line, draw in enumerate(draws):
-            draw(panels[line, column], some, colours)
+        for line, (key, draw) in enumerate(draws.items()):
+            if any(key in row for row in some):
+                draw(panels[line, column], some, colours)
+            else:
+                panels[line, column].set_axis_off()
     handles = [Line2D([], [], color=colour, marker="o") for colour in colours.values()]
     figure.legend(handles, list(colours), loc="outside upper center", ncols=len(colours), frameon=False)
     path = Path(out)
