@@ -641,6 +641,7 @@ def test_colours_are_rgb(tmp_path):
 def test_larger_sizes_with_scaled_positions(fitted, tmp_path, scaling, spec):
     trained = load(fitted[0], scaling=scaling, size=(16, 8))
     assert trained.unet.config.position == spec
+    assert load(fitted[0], scaling=scaling, size=(16, 4)).unet.config.position == spec  # a shorter axis stays as it is
     again = load(fitted[0] / "exported", scaling=scaling, size=(16, 8))
     images = sample(trained, 2, 2, size=(16, 8), labels=[1])
     assert torch.equal(images, sample(again, 2, 2, size=(16, 8), labels=[1]))
@@ -811,6 +812,7 @@ def test_inception_judges_who_has_its_weights(fitted, tmp_path, monkeypatch):
     found = dict(line.split() for line in run(*asked, "--weights", weights).splitlines())
     assert list(found) == ["n", "fd", "fd_floor", "parts", "parts_real"]  # it does not know the data's classes
     assert 0 < float(found["fd_floor"]) < float(found["fd"])
+    assert (Inception(weights)(torch.zeros(1, 1, 4, 4)) == 128).all()
     assert Inception(weights).model.made_with == ("inception-v3-compat", ["2048"], str(weights), False)
     without = dict(line.split() for line in run(*asked, "--weights", weights, "--no-floor").splitlines())
     assert without == {key: value for key, value in found.items() if key != "fd_floor"}
