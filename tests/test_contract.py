@@ -8,13 +8,15 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_flatten
 
+from tests.conftest import spec_of
 from vit_rope.attention import attend
 from vit_rope.positions import Encoding, Layout, Position, build, schemes
 from vit_rope.positions.coords import grid
 from vit_rope.vit import RopeViT
 
 GRIDS = {1: (7,), 2: (4, 5), 3: (2, 3, 4)}
-SPECS = [*schemes(), "learned + mixed", "axial + mixed", "sincos(axes=1) + flat", 'axial(pairs="half", share="rest")']
+SPECS = [*map(spec_of, schemes()), "learned + mixed", "axial + mixed", "sincos(axes=1) + flat"]
+SPECS += ['axial(pairs="half", share="rest")', "dynamic(learned + mixed)"]
 EVERY = [(spec, axes) for spec in SPECS for axes in GRIDS]
 
 

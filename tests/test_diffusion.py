@@ -1,6 +1,7 @@
 """Denoisers: what they learn, how they are sampled, the command line around both, and how samples are scored."""
 
 import contextlib
+import csv
 import io
 import json
 import math
@@ -19,11 +20,11 @@ from torch import nn
 from vit_rope import sampling
 from vit_rope.__main__ import main
 from vit_rope.denoiser import RopeDiT
+from vit_rope.plots import plot_study
 from vit_rope.sampling import SCHEDULERS, Trained, load, sample, sample_batches
-from vit_rope.training import data
+from vit_rope.training import data, quality, study
 from vit_rope.training.diffusion import Diffusion, make_noise, make_target, snr_weight
-from vit_rope.training.quality import Judge, connected_parts, copy_error, frechet_distance, scores
-from vit_rope.training.study import study
+from vit_rope.training.quality import Inception, Judge, connected_parts, copy_error, frechet_distance, scores
 from vit_rope.unet import RopeUNet2DModel
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*ddpm*.yaml"))
@@ -70,6 +71,18 @@ def fitted(config, tmp_path_factory):
     """A finished run with classes: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     return folder, run("fit", "--config", config, "--out", folder)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """The finished run of a classifier."""
+    folder = tmp_path_factory.mktemp("judge")
+    learner = {"class_path": "Classification", "init_args": {"model": "vit_rope_tiny_patch16_224", "model_args": TINY}}
+    settings = {**CONFIG, "model": learner, "trainer": {"max_epochs": 1, "accelerator": "cpu"}}
+    del settings["checkpoint"]
+    (folder / "judge.yaml").write_text(yaml.safe_dump(settings))
+    run("fit", "--config", folder / "judge.yaml", "--out", folder / "run")
+    return folder / "run"
 
 
 def shaken(model):
@@ -218,7 +231,8 @@ def test_every_scheduler_draws_what_an_exact_denoiser_knows(name, schedule):
         for error, most in ((0.0, 0.03), (0.05, 0.08)):  # unclipped, the second blows up by the factor of a hundred
             scheduler = sampling.make_scheduler(name, noise, 20)
             generators = [torch.Generator().manual_seed(i) for i in range(4)]
-            images = sampling.denoise(Trained(Exact(noise, error), noise), scheduler, generators, (16, 16))
+            start = torch.cat([torch.randn(1, 1, 16, 16, generator=generator) for generator in generators])
+            images = sampling.denoise(Trained(Exact(noise, error), noise), scheduler, start, generators)
             nearest = torch.where(images > -0.05, 0.5, -0.6)
             # these two overshoot, but stay where they are
             assert (images - nearest).abs().mean() < most * (3 if name in ("pndm", "deis") else 1), (kind, error)
@@ -251,6 +265,23 @@ def test_an_image_is_the_same_however_many_are_drawn(make, name):
         assert torch.equal(torch.cat(parts), many[:11])
     torch.testing.assert_close(sample(trained, 1, 3, name, seed=7), many[2:3], rtol=0, atol=1e-3)
     assert not torch.equal(many[0], many[1])
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_a_walk_leads_from_one_seed_to_another(name):
+    trained = transformer(size=32)
+    images = sample(trained, 6, 4, name, seed=3, until=8)
+    assert torch.equal(images[0], sample(trained, 1, 4, name, seed=3)[0])
+    if name == "ddim":  # which adds no noise of its own, as the other one does of the first seed
+        torch.testing.assert_close(images[-1], sample(trained, 1, 4, name, seed=8)[0])
+    steps = (images[1:] - images[:-1]).flatten(1).norm(dim=1)
+    assert steps.min() > 0.1
+    assert steps.max() < (images[-1] - images[0]).norm()
+    parts = torch.cat(list(sample_batches(trained, 6, 4, name, seed=3, until=8, batch=4)))
+    assert torch.equal(parts, images)
+    noise = torch.randn(2, 50_000)
+    for share in (0, 0.3, 1):
+        assert sampling.between(noise[0], noise[1], share).std() == pytest.approx(1, abs=0.02)
 
 
 def test_guidance_and_labels():
@@ -347,6 +378,13 @@ def test_transformer(spec, tmp_path):
     torch.testing.assert_close(half.float(), out, rtol=0.1, atol=0.1)
 
 
+def test_a_transformer_begins_anew_what_its_folder_does_not_have(tmp_path):
+    transformer(position="axial").unet.save_pretrained(tmp_path)
+    model = RopeDiT.from_pretrained(tmp_path, position="learned")
+    assert 0.01 < model.scheme.table.std() < 0.03
+    assert model.config.position == "learned"
+
+
 def test_transformer_sees_places_only_through_positions():
     x = torch.randn(1, 1, 8, 8)
     for spec, moved in (("none", True), ("axial", False)):
@@ -396,6 +434,20 @@ def test_pictures_are_of_the_averaged_weights_and_the_same_noise(fitted):
         found = np.asarray(picture)
     images = sample(load(folder / "checkpoints" / "last.ckpt"), 12, 3, labels=list(range(10)))
     assert np.array_equal(found, np.asarray(sampling.picture(images, 10)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_process_draws_and_the_first_one_writes(tmp_path, monkeypatch, first):
+    learner = Diffusion(**{**CONFIG["model"]["init_args"], "num_classes": 10, "in_chans": 1, "img_size": 8})
+    learner._trainer = SimpleNamespace(
+        current_epoch=1, max_epochs=2, state=SimpleNamespace(fn="fit"), fast_dev_run=False, is_global_zero=first,
+        checkpoint_callback=SimpleNamespace(dirpath=str(tmp_path / "checkpoints")),
+    )  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(sampling, "sample", lambda trained, n, *args: drawn.append(n) or torch.zeros(n, 1, 8, 8))
+    learner._draw()
+    assert drawn == [12]
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["epoch_0002.png"] * first
 
 
 def test_run_checkpoint_and_pipeline_draw_the_same(fitted):
@@ -548,6 +600,24 @@ def test_pictures_and_files(fitted, tmp_path):
     assert out.read_bytes() == before
     run(*args, *files, "--overwrite", "--seed", 8)
     assert out.read_bytes() != before
+    walk = tmp_path / "walk"
+    run(
+        "sample",
+        fitted[0],
+        "--n",
+        3,
+        "--steps",
+        2,
+        "--seed",
+        7,
+        "--until",
+        9,
+        "--out",
+        tmp_path / "w.png",
+        "--png-dir",
+        walk,
+    )
+    assert sorted(path.name for path in walk.iterdir()) == [f"{i:06}.png" for i in range(3)]
 
 
 def test_colours_are_rgb(tmp_path):
@@ -557,6 +627,67 @@ def test_colours_are_rgb(tmp_path):
         assert (picture.mode, picture.size) == ("RGB", (2 + 2 * 66, 2 + 2 * 66))
     with pytest.raises(ValueError, match="a picture has 1 or 3 channels, not 2"):
         sampling.picture(torch.zeros(1, 2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "spec"),
+    [
+        ("ntk", "ntk(sincos + axial(base=100), factor=(2.0, 1.0))"),
+        ("yarn(slow=0.1)", "yarn(sincos + axial(base=100), factor=(2.0, 1.0), slow=0.1)"),
+        ("interpolate(factor=3)", "interpolate(sincos + axial(base=100), factor=3)"),
+        ("dynamic", "dynamic(sincos + axial(base=100))"),
+    ],
+)
+def test_larger_sizes_with_scaled_positions(fitted, tmp_path, scaling, spec):
+    trained = load(fitted[0], scaling=scaling, size=(16, 8))
+    assert trained.unet.config.position == spec
+    assert load(fitted[0], scaling=scaling, size=(16, 4)).unet.config.position == spec  # a shorter axis stays as it is
+    again = load(fitted[0] / "exported", scaling=scaling, size=(16, 8))
+    images = sample(trained, 2, 2, size=(16, 8), labels=[1])
+    assert torch.equal(images, sample(again, 2, 2, size=(16, 8), labels=[1]))
+    assert not torch.equal(images, sample(load(fitted[0]), 2, 2, size=(16, 8), labels=[1]))
+    out = tmp_path / "wide.png"
+    run("sample", fitted[0], "--n", 2, "--steps", 2, "--size", 16, 8, "--scaling", scaling, "--label", 1, "--out", out)
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(sampling.picture(images)))
+
+
+def test_learned_frequencies_are_scaled_as_they_were_trained(tmp_path):
+    trained = transformer(position="mixed")
+    sampling.save(trained, tmp_path)
+    scaled = load(tmp_path, scaling="interpolate", size=(16, 16)).unet
+    assert torch.equal(scaled.scheme.freqs, trained.unet.scheme.freqs)
+    where = scaled.layout.coords([4, 4])
+    torch.testing.assert_close(scaled.scheme.frequencies(where) * 2, trained.unet.scheme.freqs)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "size", "match"),
+    [
+        (
+            "ntk",
+            None,
+            "sizes that reach farther than the 8 x 8 of training, in positions of unit 'index'",
+        ),
+        ("yarn", (8, 4), "give a larger size, or leave scaling out"),
+        ("flat", (16, 16), "flat modifies no other scheme, got 1"),
+        ("ntc", (16, 16), "no position scheme is called 'ntc'; did you mean ntk"),
+        ("yarn(slow)", (16, 16), "cannot read position spec"),
+    ],
+)
+def test_nothing_to_scale(tmp_path, scaling, size, match):
+    sampling.save(transformer(), tmp_path)
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path, scaling=scaling, size=size)
+
+
+def test_only_what_has_positions_is_scaled(tmp_path):
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    sampling.save(Trained(unet, make_noise(1000, "linear", "epsilon")), tmp_path)
+    with pytest.raises(ValueError, match="a UNet2DModel without positions has nothing to scale; leave scaling out"):
+        load(tmp_path, scaling="ntk", size=(16, 16))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -616,28 +747,25 @@ def test_scores_of_pictures():
     assert copy_error(torch.tensor([[[[0.0, 1.0]]]])) == 1
 
 
-def test_scores_of_a_run(fitted, tmp_path):
-    sizes = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}
-    learner = {"class_path": "Classification", "init_args": {"model": "vit_rope_tiny_patch16_224", "model_args": sizes}}
-    settings = {**CONFIG, "model": learner, "trainer": {"max_epochs": 1, "accelerator": "cpu"}}
-    del settings["checkpoint"]
-    (tmp_path / "judge.yaml").write_text(yaml.safe_dump(settings))
-    run("fit", "--config", tmp_path / "judge.yaml", "--out", tmp_path / "judge")
+def test_scores_of_a_run(fitted, judge, tmp_path):
     text = run(
-        *("quality", fitted[0], "--judge", tmp_path / "judge", "--n", 100, "--steps", 2),
+        *("quality", fitted[0], "--judge", judge, "--n", 100, "--steps", 2),
         *("--out", tmp_path / "scores.json"),
     )
     found = json.loads((tmp_path / "scores.json").read_text())
     assert [line.split()[0] for line in text.splitlines()] == list(found)
     assert list(found) == ["n", "fd", "fd_floor", "asked", "parts", "parts_real"]
     assert 0 < found["fd_floor"] < found["fd"]
-    with pytest.raises(ValueError, match="needs as many test images as samples, but there are only 258; lower n"):
-        scores(fitted[0], tmp_path / "judge", n=300, steps=2)
-    judge = Judge(tmp_path / "judge")
+    with pytest.raises(
+        ValueError,
+        match="needs as many test images as samples, but there are only 258; lower n, or leave the floor out",
+    ):
+        scores(fitted[0], judge, n=300, steps=2)
+    jury = Judge(judge)
     real, other = torch.rand(500, 1, 8, 8) * 2 - 1, torch.rand(500, 1, 8, 8) - 1
-    same, far = frechet_distance(judge, iter(real.split(100)), real, other)
+    same, far = frechet_distance(jury, iter(real.split(100)), real, other)
     assert abs(same) < 1e-3
-    features = [judge(images).double() for images in (real, other)]
+    features = [jury(images).double() for images in (real, other)]
     means, spreads = [f.mean(dim=0) for f in features], [f.T.cov() for f in features]
     roots = torch.linalg.eigvals(spreads[0] @ spreads[1]).real.clamp(min=0).sqrt().sum()
     wanted = (means[0] - means[1]).square().sum() + spreads[0].trace() + spreads[1].trace() - 2 * roots
@@ -646,12 +774,110 @@ def test_scores_of_a_run(fitted, tmp_path):
         run("quality", fitted[0], "--judge", tmp_path)
 
 
-def test_study_makes_a_table_and_goes_on(config, tmp_path):
-    rows = study(config, ["none", "sincos + axial"], [3], tmp_path, options=["--trainer.max_epochs", "1"])
-    assert [(row["position"], row["seed"]) for row in rows] == [("none", 3), ("sincos + axial", 3)]
-    assert rows[0]["val/loss"] != rows[1]["val/loss"]
-    assert (tmp_path / "sincos+axial" / "3" / "summary.json").is_file()
-    assert study(config, ["none"], [3], tmp_path) == rows[:1]
+class Pools(nn.Module):
+    """A stand-in for the Inception network: means of patches as features."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path, antialias):
+        super().__init__()
+        self.made_with = (name, features_list, feature_extractor_weights_path, antialias)
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        assert images.shape[1] == 3
+        return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
+def test_inception_judges_who_has_its_weights(fitted, tmp_path, monkeypatch):
+    weights = tmp_path / "inception.pth"
+    asked = ("quality", fitted[0], "--n", 30, "--steps", 2, "--reference", 60, "--judge", "inception")
+    refusals = {
+        "error: --judge inception wants --weights, your copy of weights-inception-2015": asked,
+        r"error: .*inception.pth is no file; --weights wants your copy of": (*asked, "--weights", weights),
+        "error: --weights are those of --judge inception": (*asked[:-1], fitted[0], "--weights", weights),
+    }
+    monkeypatch.setattr(quality.importlib.util, "find_spec", lambda name: name)
+    for message, args in refusals.items():
+        with pytest.raises(SystemExit, match=message):
+            run(*args)
+    for content, message in (
+        ({"fc.weight": torch.zeros(10, 2048)}, "has the weights of another network; --weights wants"),
+        ({"fc.weight": Path}, "does not hold weights alone; --weights wants"),
+    ):
+        torch.save(content, weights)
+        with pytest.raises(SystemExit, match=message):
+            run(*asked, "--weights", weights)
+    torch.save({"fc.weight": torch.zeros(1008, 2048)}, weights)
+    monkeypatch.setattr(quality, "NoTrainInceptionV3", Pools)
+    monkeypatch.setattr(Inception, "num_features", 12)
+    found = dict(line.split() for line in run(*asked, "--weights", weights).splitlines())
+    assert list(found) == ["n", "fd", "fd_floor", "parts", "parts_real"]  # it does not know the data's classes
+    assert 0 < float(found["fd_floor"]) < float(found["fd"])
+    assert (Inception(weights)(torch.zeros(1, 1, 4, 4)) == 128).all()
+    assert Inception(weights).model.made_with == ("inception-v3-compat", ["2048"], str(weights), False)
+    without = dict(line.split() for line in run(*asked, "--weights", weights, "--no-floor").splitlines())
+    assert without == {key: value for key, value in found.items() if key != "fd_floor"}
+    monkeypatch.setattr(quality.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="needs the network of torch-fidelity: pip install torch-fidelity"):
+        run(*asked, "--weights", weights)
+
+
+def test_inception_sees_what_the_fid_of_torchmetrics_sees(tmp_path, monkeypatch):
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    with monkeypatch.context() as patch:  # a network of random weights, in place of those that a release has
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *args, **options: None)
+        patch.setattr(nn.Module, "load_state_dict", lambda *args, **options: None)
+        torch.manual_seed(0)
+        network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(network.state_dict(), tmp_path / "random.pth")
+    images = torch.rand(2, 1, 32, 24) * 2 - 1
+    (wanted,) = network(((images + 1) * 127.5).round().byte().repeat(1, 3, 1, 1))
+    assert wanted.std(dim=0).max() > 0
+    torch.testing.assert_close(Inception(tmp_path / "random.pth")(images), wanted)
+
+
+def test_study_goes_on_and_its_table_has_all_that_lies_there(judge, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("host.yaml").write_text(yaml.safe_dump({**CONFIG, "out": "host"}))
+    made = ["host.yaml", "--seed", "3", "--judge", str(judge), "--n", "20", "--steps", "2", "--trainer.max_epochs=2"]
+    study.main([*made, "--position", "none", "--csv", "first.csv"])
+    times = {path: path.stat().st_mtime_ns for path in Path("host/none").rglob("*")}
+    study.main([*made, "--position", "sincos + axial", "none", "--csv", "all.csv"])
+    assert {path: path.stat().st_mtime_ns for path in Path("host/none").rglob("*")} == times
+    first, rows = (list(csv.DictReader(Path(name).read_text().splitlines())) for name in ("first.csv", "all.csv"))
+    assert [{key: row[key] for key in first[0]} for row in rows[:2]] == first
+    assert {row["host"] for row in rows} == {"RopeDiT on Digits"}
+    steps = [json.loads(line) for line in Path("host/none/3/metrics.jsonl").read_text().splitlines()]
+    steps = [(line["step"] + 1, line["val/loss"]) for line in steps if "val/loss" in line]
+    assert [(int(row["step"]), float(row["val/loss"])) for row in first] == steps
+    assert [(row["position"], row["seed"]) for row in rows] == 2 * [("none", "3")] + 2 * [("sincos + axial", "3")]
+    assert [bool(row["seconds"] and row["fd"] and row["parts"]) for row in rows] == [False, True] * 2
+    assert "val/loss_t900" in first[0]
+    main(["plot", "study", "all.csv", "--out", "deep/study.png"])
+    assert capsys.readouterr().out.splitlines()[-1] == "deep/study.png"
+    with Image.open("deep/study.png") as picture:
+        assert picture.size[0] < picture.size[1]  # one host, four panels
+
+
+def test_a_host_without_scores_has_curves_alone(tmp_path):
+    scored = "U-Net,none,0,10,0.5,30,3,1,2,1\nU-Net,none,1,10,0.4,30,4,1,2,1\n"
+    table = "host,position,seed,step,val/loss,seconds,fd,fd_floor,parts,parts_real\n" + scored
+    (tmp_path / "a.csv").write_text(table + "ViT,none,0,10,0.5,30,,,,\n")
+    with Image.open(plot_study(tmp_path / "a.csv", str(tmp_path / "a.png"))) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    left, right = (half[len(half) // 2 :] for half in np.split(pixels[:, : pixels.shape[1] // 2 * 2], 2, axis=1))
+    assert left.min() < 100
+    assert right.min() == 255
+
+
+def test_study_and_its_plot_say_what_is_missing(tmp_path, capsys):
+    Path(tmp_path, "c.yaml").write_text(f"out: {tmp_path / 'none'}")
+    with pytest.raises(SystemExit, match=r"error: no finished runs in .*none; make some with --position"):
+        study.main([str(tmp_path / "c.yaml")])
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit):
+        main(["plot", "study", str(tmp_path / "other.csv"), "--out", str(tmp_path / "a.png")])
+    assert "other.csv is no table of a study; python -m vit_rope.training.study writes" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_study_data(tmp_path):

@@ -11,7 +11,7 @@ VERBS = {
     "quality": "score samples of a trained denoiser: quality RUN --judge RUN_OF_A_CLASSIFIER",
     "schemes": "list every position scheme",
     "bench": "measure speed as ratios: bench rotation --out rotation.csv",
-    "plot": "draw a picture: plot kernel axial mixed --out kernel.png",
+    "plot": "draw a picture: plot kernel axial mixed --out kernel.png, or plot study TABLE.csv",
 }
 
 
@@ -68,16 +68,21 @@ def _plot(args: list[str]) -> None:
     import argparse
 
     parser = argparse.ArgumentParser("vit-rope plot", description="Draw a picture of position schemes.")
-    parser.add_argument("picture", choices=["kernel"], help="kernel: what a displacement does to a score")
-    parser.add_argument("specs", nargs="+", help='schemes, e.g. axial "mixed(base=10)" flat')
-    parser.add_argument("--out", default="kernel.png", help="the PNG to write (default: %(default)s)")
-    parser.add_argument("--grid", nargs=2, type=int, default=(14, 14), metavar=("ROWS", "COLUMNS"))
-    options = parser.parse_args(args)
-    from .plots import plot_kernel
+    pictures = parser.add_subparsers(dest="picture", required=True)
+    kernel = pictures.add_parser("kernel", help="what a displacement does to a score")
+    kernel.add_argument("specs", nargs="+", help='schemes, e.g. axial "mixed(base=10)" flat')
+    kernel.add_argument("--grid", nargs=2, type=int, default=(14, 14), metavar=("ROWS", "COLUMNS"))
+    study = pictures.add_parser("study", help="what training under each scheme came to")
+    study.add_argument("table", help="a CSV file of python -m vit_rope.training.study")
+    for picture in (kernel, study):
+        picture.add_argument("--out", help=f"the PNG to write (default: {picture.prog.split()[-1]}.png)")
+    options = vars(parser.parse_args(args))
+    from . import plots
 
+    draw = {"kernel": plots.plot_kernel, "study": plots.plot_study}[options.pop("picture")]
     try:
-        print(plot_kernel(options.specs, options.out, tuple(options.grid)))
-    except ValueError as error:
+        print(draw(**{key: value for key, value in options.items() if value is not None}))
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 
 

@@ -19,6 +19,7 @@ from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
 from .positions import Encoding, Layout, build
+from .unet.maps import begin_missing
 from .vit import RopeBlock
 
 
@@ -128,6 +129,13 @@ class RopeDiT(ModelMixin, ConfigMixin):
         x = x.unflatten(1, grid).unflatten(3, (-1, patch, patch)).permute(0, 3, 1, 4, 2, 5)
         x = x.flatten(4).flatten(2, 3)
         return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As diffusers has it; what positions learn and the folder has not, for it was another's, begins anew."""
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        begin_missing(loaded[0], loaded[1].get("missing_keys", []))
+        return loaded if output_loading_info else loaded[0]
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone: all that positions learn, and the labels'."""

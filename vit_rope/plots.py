@@ -1,10 +1,15 @@
 """Pictures: the only module that imports matplotlib."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from .analysis import kernel
 from .positions import Layout, build
@@ -75,3 +80,101 @@ def plot_growth(tokens: Sequence[int], curves: dict[str, dict[str, list[float]]]
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
     return out
+
+
+def plot_study(table: str | Path, out: str = "study.png") -> Path:
+    """Draw the table of a study, of `python -m vit_rope.training.study`, with a column for each host; write a PNG.
+
+    Lines and bars are means over the seeds, bands and dots the seeds themselves. The topmost panels are convergence
+    curves; below come, where the table has them, the final loss by noise level, the Fréchet distance of samples and how
+    well they hang together, with the value of real images. Raises ValueError for another file, before writing.
+    """
+    with Path(table).open(newline="") as file:
+        rows = [{key: _number(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    if not rows or not {"host", "position", "seed", "step", "val/loss"} <= set(rows[0]):
+        raise ValueError(f"{table} is no table of a study; python -m vit_rope.training.study writes one")
+    hosts = _by(rows, "host")
+    colours = {position: f"C{i}" for i, position in enumerate(_by(rows, "position"))}
+    draws = {"val/loss": _draw_curves, "val/loss_t000": _draw_levels, "fd": _draw_distance, "parts": _draw_coherence}
+    draws = {key: draw for key, draw in draws.items() if any(key in row for row in rows)}
+    figure = Figure(figsize=(4.2 * len(hosts), 2.9 * len(draws) + 0.8), layout="constrained")
+    panels = figure.subplots(len(draws), len(hosts), squeeze=False)
+    for column, (host, some) in enumerate(hosts.items()):
+        panels[0, column].set_title(host)
+        for line, (key, draw) in enumerate(draws.items()):
+            if any(key in row for row in some):
+                draw(panels[line, column], some, colours)
+            else:
+                panels[line, column].set_axis_off()
+    handles = [Line2D([], [], color=colour, marker="o") for colour in colours.values()]
+    figure.legend(handles, list(colours), loc="outside upper center", ncols=len(colours), frameon=False)
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    return path
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _over_seeds(rows: list[dict[str, Any]], key: str) -> list[float]:
+    """Mean, lowest and highest of a column."""
+    values = [row[key] for row in rows if key in row]
+    return [mean(values), min(values), max(values)]
+
+
+def _draw_curves(axes: Any, rows: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    for position, some in _by(rows, "position").items():
+        steps = _by(some, "step")
+        middle, low, high = zip(*(_over_seeds(at, "val/loss") for at in steps.values()), strict=True)
+        axes.plot(list(steps), middle, color=colours[position])
+        axes.fill_between(list(steps), low, high, color=colours[position], alpha=0.2, linewidth=0)
+    seeds = len(_by(rows, "seed"))
+    axes.set(xlabel=f"training steps (seeds: {seeds})", ylabel="validation loss", yscale="log")
+    axes.yaxis.set_minor_locator(MaxNLocator(5))
+    axes.yaxis.set_minor_formatter("{x:.2f}")
+
+
+def _draw_levels(axes: Any, rows: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    names = [key for key in rows[0] if key.startswith("val/loss_t")]
+    runs = _by([row for row in rows if row["step"] == max(row["step"] for row in rows)], "position")
+    times, first = [int(name.removeprefix("val/loss_t")) for name in names], next(iter(runs))
+    for position, some in runs.items():
+        ratios = [_over_seeds(some, name)[0] / _over_seeds(runs[first], name)[0] - 1 for name in names]
+        axes.plot(times, [100 * ratio for ratio in ratios], ".-", color=colours[position])
+    axes.set(xlabel="noise level t, from", ylabel=f"final loss against {first} (%)")
+
+
+def _draw_distance(axes: Any, rows: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    _draw_scores(axes, rows, colours, "fd", "fd_floor", "Fréchet distance")
+
+
+def _draw_coherence(axes: Any, rows: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    if any("copy_error" in row for row in rows):
+        _draw_scores(axes, rows, colours, "copy_error", "copy_error_real", "left and right differ by")
+    else:
+        _draw_scores(axes, rows, colours, "parts", "parts_real", "connected parts per image")
+
+
+def _draw_scores(
+    axes: Any, rows: list[dict[str, Any]], colours: dict[str, str], key: str, real: str, label: str
+) -> None:
+    rows = [row for row in rows if key in row]
+    for x, (position, some) in enumerate(_by(rows, "position").items()):
+        axes.bar(x, _over_seeds(some, key)[0], color=colours[position], alpha=0.4)
+        axes.plot([x] * len(some), [row[key] for row in some], "o", markersize=4, color=colours[position])
+    axes.axhline(_over_seeds(rows, real)[0], color="0.3", linestyle="--", linewidth=1, label="real images")
+    axes.set(ylabel=label, xticks=[], xlabel="samples of each")
+    axes.legend(frameon=False)
+
+
+def _by(rows: list[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:
+    """The rows of each value in a column, in the order in which they come."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups

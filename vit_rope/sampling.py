@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from .positions import coords
 from .training import checkpoints
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # by the names that samplers go by, diffusers' classes
@@ -88,15 +89,17 @@ def sample(
     guidance: float = 1.0,
     seed: int = 0,
     watch: Watch | None = None,
+    until: int | None = None,
 ) -> Tensor:
     """Images (n, C, H, W) in [-1, 1], float32 on the CPU, of which image i depends on `seed + i` and not on `n`.
 
     `size` (height, width) is that of training unless given. `labels` are used in turn; left out, a model with classes
     draws of any. `guidance` above 1 exaggerates what a label changes (classifier-free guidance, arXiv:2207.12598).
     `watch` is called before the first and after every step with the share that is done and the images at hand.
-    Raises ValueError, before any work, for what the model cannot do.
+    With `until`, another seed, the images lie on the way from the noise of `seed` to that of `until`, the first and the
+    last one included. Raises ValueError, before any work, for what the model cannot do.
     """
-    return torch.cat(list(sample_batches(trained, n, steps, scheduler, size, labels, guidance, seed, n, watch)))
+    return torch.cat(list(sample_batches(trained, n, steps, scheduler, size, labels, guidance, seed, n, watch, until)))
 
 
 def sample_batches(
@@ -110,6 +113,7 @@ def sample_batches(
     seed: int = 0,
     batch: int = 64,
     watch: Watch | None = None,
+    until: int | None = None,
 ) -> Iterator[Tensor]:
     """The images of `sample`, `batch` at a time, so that any number needs little memory."""
     if min(n, batch) < 1:
@@ -117,7 +121,7 @@ def sample_batches(
     size = trained.size if size is None else (size[0], size[1])
     check(trained, scheduler, steps, size, labels, guidance)
     device = next(trained.unet.parameters()).device
-    count = tile_size(size, device)
+    count, shape = tile_size(size, device), (trained.unet.config.in_channels, *size)
     tiles = math.ceil(n / count)
 
     def images() -> Iterator[Tensor]:
@@ -128,11 +132,16 @@ def sample_batches(
                 if watch is not None:
                     watch((tile + share) / tiles, x[: n - tile * count])
 
+            generators = [_generator(seed if until is not None else seed + i) for i in numbers]
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+            if until is not None:
+                end = torch.randn(shape, generator=_generator(until))
+                noise = torch.stack([between(x, end, i / max(n - 1, 1)) for i, x in zip(numbers, noise, strict=True)])
             yield from denoise(
                 trained,
                 make_scheduler(scheduler, trained.noise, steps, device),
-                [torch.Generator().manual_seed((seed + i) % 2**63) for i in numbers],
-                size,
+                noise,
+                generators,
                 _labels(trained, labels, numbers, device),
                 guidance,
                 seen,
@@ -150,18 +159,20 @@ def sample_batches(
 def denoise(
     trained: Trained,
     scheduler: Any,
+    x: Tensor,
     generators: list[torch.Generator],
-    size: tuple[int, int],
     labels: Tensor | None = None,
     guidance: float = 1.0,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Images (len(generators), C, *size) by all steps of a scheduler from `make_scheduler`, with the model as it is."""
+    """Images out of noise x (B, C, H, W) by all steps of a scheduler from `make_scheduler`, with the model as it is.
+
+    A scheduler that adds noise on the way takes that of image i from generator i.
+    """
     unet, config = trained.unet, trained.noise.config
     parameter = next(unet.parameters())
     limit = config.clip_sample_range if config.get("clip_sample") else math.inf
     draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    x = torch.cat([torch.randn(1, unet.config.in_channels, *size, generator=g) for g in generators])
     if watch is not None:
         watch(0.0, x)
     x = x.to(parameter.device) * float(scheduler.init_noise_sigma)
@@ -183,6 +194,16 @@ def denoise(
             last = i + 1 == len(scheduler.timesteps)
             watch((i + 1) / len(scheduler.timesteps), (x if last else noisy).clamp(-1, 1).cpu())
     return x.clamp(-1, 1).cpu()
+
+
+def between(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """Noise that is this share of the way from one to another, as strong as they are."""
+    angle = share * math.pi / 2
+    return math.cos(angle) * start + math.sin(angle) * end
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed % 2**63)
 
 
 def make_scheduler(name: str, noise: Any, steps: int, device: torch.device | None = None) -> Any:
@@ -292,11 +313,19 @@ def _null(trained: Trained) -> int:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Trained:
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    scaling: str | None = None,
+    size: Sequence[int] | None = None,
+) -> Trained:
     """The denoiser in a run's folder (its best checkpoint), a Lightning checkpoint or a diffusers pipeline's folder.
 
-    Checkpoints hold averaged weights where the run kept an average. No code in a file is run. Raises FileNotFoundError
-    where there is nothing and ValueError for anything else than a denoiser, such as a classifier.
+    Checkpoints hold averaged weights where the run kept an average. For a `size` (height, width) beyond that of
+    training, `scaling` names a modifier of its rotary positions, such as "ntk" or "yarn(slow=0.3)", whose factors are
+    how much farther the size reaches. No code in a file is run. Raises FileNotFoundError where there is nothing and
+    ValueError for anything else than a denoiser, such as a classifier, and where there is nothing to scale.
     """
     path = Path(path)
     if path.is_dir():
@@ -305,7 +334,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         if found is None:
             raise FileNotFoundError(f"{path} is neither a run nor a diffusers pipeline: none of {', '.join(places)}")
         path = found
-    trained = _pipeline(path.parent) if path.name == "model_index.json" else _checkpoint(path)
+    read = _pipeline if path.name == "model_index.json" else _checkpoint
+    trained = read(path, lambda config: {} if scaling is None else {"position": _scaled(config, scaling, size)})
     # not diffusers' own method, which warns of positions: they keep their precision by themselves
     return trained._replace(unet=torch.nn.Module.to(trained.unet, device, dtype).eval().requires_grad_(False))
 
@@ -331,7 +361,25 @@ def save(trained: Trained, folder: str | Path) -> None:
         Path(folder, "labels.json").write_text(text + "\n")
 
 
-def _checkpoint(path: Path) -> Trained:
+def _scaled(config: dict[str, Any], scaling: str, size: Sequence[int] | None) -> str:
+    """The positions of a model of this config under a modifier, with factors that fit the size unless it has some."""
+    spec, unit, trained = config.get("position"), config.get("position_unit", "index"), config["sample_size"]
+    if spec is None:
+        raise ValueError(f"a {config['_class_name']} without positions has nothing to scale; leave scaling out")
+    trained = (trained, trained) if isinstance(trained, int) else trained
+    growth = coords.growth(trained, trained if size is None else size, "index" if unit == "pixel" else unit)
+    if max(growth) <= 1:
+        raise ValueError(
+            f"scaling is for sizes that reach farther than the {trained[0]} x {trained[1]} of training, in positions "
+            f"of unit {unit!r}; give a larger size, or leave scaling out"
+        )
+    name, _, options = scaling.strip().removesuffix(")").partition("(")
+    if name != "dynamic" and "factor" not in options:
+        options = ", ".join(filter(None, (f"factor={tuple(max(1.0, factor) for factor in growth)}", options)))
+    return f"{name}({spec}{options and ', '}{options})"
+
+
+def _checkpoint(path: Path, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> Trained:
     content = checkpoints.read(path)
     facts = content.get("denoiser")
     if facts is None:
@@ -339,18 +387,19 @@ def _checkpoint(path: Path) -> Trained:
         name = str((config.get("model") or {}).get("class_path", "another program")).rpartition(".")[2]
         raise ValueError(f"{path} is a checkpoint of {name}; only models that Diffusion trained can be sampled")
     cls = _model_class(facts["unet"]["_class_name"])
-    unet = cls.from_config(facts["unet"])
+    unet = cls.from_config(facts["unet"] | changes(facts["unet"]))
     weights = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
     checkpoints.check_fit(unet, weights, cls.__name__)
     unet.load_state_dict(weights)
     return Trained(unet, _noise(facts["noise"]), facts["classes"], facts["null_label"])
 
 
-def _pipeline(folder: Path) -> Trained:
-    index = json.loads((folder / "model_index.json").read_text())
+def _pipeline(path: Path, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> Trained:
+    folder, index = path.parent, json.loads(path.read_text())
     if not {"unet", "scheduler"} <= set(index):
         raise ValueError(f"{folder} is a {index.get('_class_name')}; sample wants a pipeline of a unet and a scheduler")
-    unet = _model_class(index["unet"][1]).from_pretrained(folder / "unet", local_files_only=True)
+    changed = changes(json.loads((folder / "unet" / "config.json").read_text()))
+    unet = _model_class(index["unet"][1]).from_pretrained(folder / "unet", local_files_only=True, **changed)
     noise = _noise(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
     facts: dict[str, Any] = {"classes": unet.config.num_class_embeds or 0, "null_label": None}
     if (folder / "labels.json").is_file():
@@ -432,7 +481,7 @@ def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     check_scheduler(options.scheduler)
     _check_free(options)
-    trained = load(options.model, options.device, DTYPES[options.dtype])
+    trained = load(options.model, options.device, DTYPES[options.dtype], options.scaling, options.size)
     console, frames = Console(stderr=True), list[Tensor]()
     columns = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(None), TimeRemainingColumn(), TextColumn("left"))
     with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
@@ -445,10 +494,11 @@ def run(options: argparse.Namespace) -> None:
 
         drawn = []
         chosen = (options.n, options.steps, options.scheduler, options.size, options.label, options.guidance)
-        for images in sample_batches(trained, *chosen, options.seed, options.batch, watch):
+        for images in sample_batches(trained, *chosen, options.seed, options.batch, watch, options.until):
             if options.png_dir:
                 options.png_dir.mkdir(parents=True, exist_ok=True)
-                for i, image in enumerate(to_bytes(images), start=options.seed + sum(map(len, drawn))):
+                first = options.seed if options.until is None else 0
+                for i, image in enumerate(to_bytes(images), start=first + sum(map(len, drawn))):
                     _image(image).save(options.png_dir / f"{i:06}.png")
             drawn.append(images)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -480,13 +530,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=50, help="calls of the network for each (default: %(default)s)")
     add("--scheduler", default="ddim", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: %(default)s)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="in pixels, also one that was never trained on")
+    add(
+        "--scaling", metavar="MODIFIER", help="of rotary positions for a larger --size: ntk, interpolate, yarn, dynamic"
+    )
     add("--label", type=int, nargs="+", help="classes to draw, in turn; left out, a model with classes draws of any")
     add("--guidance", type=float, default=1.0, help="above 1 exaggerates what the label changes (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the first image, the next one's is one more (default: %(default)s)")
+    add("--until", type=int, metavar="SEED", help="walk from the noise of --seed to that of this one, in --n images")
     add("--batch", type=int, default=64, help="images kept in memory until written to --png-dir (default: %(default)s)")
     add("--out", type=Path, default=Path("samples.png"), help="all images side by side (default: %(default)s)")
     add("--gif", type=Path, help="how they came out of the noise, as a film")
-    add("--png-dir", type=Path, help="a folder for single files, named by their seeds")
+    add("--png-dir", type=Path, help="a folder for single files, named by their seeds, or numbered on a walk")
     add("--overwrite", action="store_true", help="replace files that exist")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="where the network runs (default: %(default)s)")

@@ -1,6 +1,6 @@
 """Position schemes: functions of coordinates. This package needs torch alone."""
 
-from . import absolute, coords, rotary
+from . import absolute, coords, rotary, scaling
 from .base import Layout, Position, Sum
 from .encoding import Encoding
 from .rotary import Rotary
@@ -17,5 +17,6 @@ __all__ = [
     "coords",
     "register",
     "rotary",
+    "scaling",
     "schemes",
 ]

@@ -52,6 +52,12 @@ def cell(
     return (coords + 1) * spans / 2 - 0.5
 
 
+def growth(shape: Sequence[int], larger: Sequence[int], unit: str = "index") -> list[float]:
+    """How many times farther coordinates reach on a larger grid, along each axis; once where the unit goes with it."""
+    sizes = zip(shape, larger, strict=True)
+    return [m / n if unit == "index" else m / _span(m, unit, larger) * _span(n, unit, shape) / n for n, m in sizes]
+
+
 def check(coords: Tensor, axes: int | None = None, finite: bool | None = None) -> Tensor:
     """The coordinates (N, A) or (B, N, A) themselves, as float32 or float64.
 

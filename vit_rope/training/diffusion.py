@@ -178,12 +178,13 @@ class Diffusion(LightningModule):
         epoch, folder = self.current_epoch + 1, getattr(trainer.checkpoint_callback, "dirpath", None)
         due = self.sample_every and (epoch % self.sample_every == 0 or epoch == trainer.max_epochs)
         fitting = trainer.state.fn == "fit" and not trainer.fast_dev_run
-        if due and fitting and folder and trainer.is_global_zero:  # the run's folder is the one with its checkpoints
+        if due and fitting and folder:  # the run's folder is the one with its checkpoints
             path = Path(folder).parent / "samples" / f"epoch_{epoch:04}.png"
             chosen = (self.sample_count, self.sample_steps, self.sample_scheduler, None, self._sample_labels())
-            images = sampling.sample(self.trained, *chosen)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sampling.picture(images, self.classes).save(path)
+            images = sampling.sample(self.trained, *chosen)  # by every process: sharded weights are gathered by all
+            if trainer.is_global_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sampling.picture(images, self.classes).save(path)
 
     def _sample_labels(self) -> list[int] | None:
         return list(range(self.classes)) or None

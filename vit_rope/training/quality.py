@@ -2,11 +2,12 @@
 
 The Fréchet distance (arXiv:1706.08500) between Gaussians fitted to features of real and of drawn images. The features
 are those of a classifier that this library trained on the same data, so values compare only under the same judge, and
-only at the same number of images: fewer seem farther. Real images of the test split, as many, give the floor.
+only at the same number of images: fewer seem farther. Real images of the test split, as many, give the floor. With
+`--judge inception` the features are those of papers' FID, for who has the weights of that network as a file.
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,12 +19,14 @@ import timm
 import torch
 import yaml
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
 import vit_rope  # noqa: F401 - registers its models with timm
 
 from .. import sampling
 from . import checkpoints
+
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0"
 
 
 class Judge(nn.Module):
@@ -44,6 +47,37 @@ class Judge(nn.Module):
     def classes(self, images: Tensor) -> Tensor:
         """The classes (B,) that it sees in images (B, C, H, W) in [-1, 1]."""
         return torch.cat([self.model(part).argmax(dim=1) for part in images.split(256)])
+
+
+class Inception(nn.Module):
+    """The network of papers' FID, 2048 features of RGB images at 299x299, from torch-fidelity's file of its weights.
+
+    Nothing is downloaded, and no code in the file is run. Raises FileNotFoundError or ValueError for another file, and
+    ValueError where torch-fidelity is not installed.
+    """
+
+    num_features = 2048
+
+    def __init__(self, weights: str | Path | None) -> None:
+        super().__init__()
+        if weights is None:
+            raise ValueError(f"--judge inception wants --weights, your copy of {WEIGHTS}; nothing is downloaded")
+        if importlib.util.find_spec("torch_fidelity") is None:
+            raise ValueError("--judge inception needs the network of torch-fidelity: pip install torch-fidelity")
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"{weights} is no file; --weights wants your copy of {WEIGHTS}")
+        try:  # for torch-fidelity would run what code is in it
+            tensors = torch.load(weights, map_location="meta", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{weights} does not hold weights alone; --weights wants {WEIGHTS}") from error
+        if "fc.weight" not in tensors or tensors["fc.weight"].shape != (1008, 2048):
+            raise ValueError(f"{weights} has the weights of another network; --weights wants {WEIGHTS}")
+        options = {"feature_extractor_weights_path": str(weights), "antialias": False}  # as papers' code resizes
+        self.model = NoTrainInceptionV3("inception-v3-compat", ["2048"], **options)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, 2048) of images (B, C, H, W) in [-1, 1], grey ones taken for RGB."""
+        return self.model(sampling.to_bytes(images).expand(-1, 3, -1, -1))
 
 
 def frechet_distance(judge: nn.Module, real: Iterator[Tensor], *sets: Tensor) -> list[float]:
@@ -95,35 +129,43 @@ def scores(
     seed: int = 0,
     root: str | None = None,
     reference: int = 20_000,
+    weights: str | Path | None = None,
+    floor: bool = True,
 ) -> dict[str, float]:
     """Scores of n samples of a run: `fd`, `fd_floor` of n real test images, and what the images allow beside.
 
-    At most `reference` training images are what distances are measured from; `root` says where the data are now. A
-    model with classes draws them in turn, and `asked` is the share in which the judge sees the class that was asked
-    for. Images twice as wide as high are pairs: the judge sees the left one, and there is a `copy_error`; grey ones
-    fall into `parts`. These come with the value of real images, `…_real`.
+    `judge` is the run of a classifier, or "inception", whose `weights` are a file. At most `reference` training images
+    are what distances are measured from; `root` says where the data are now. A model with classes draws them in turn,
+    and `asked` is the share in which a classifier sees the class that was asked for. Images twice as wide as high are
+    pairs: the judge sees the left one, and there is a `copy_error`; grey ones fall into `parts`. These come with the
+    value of real images, `…_real`.
     Raises ValueError or FileNotFoundError for what is no run of `Diffusion` with a configuration inside.
     """
+    if weights is not None and judge != "inception":
+        raise ValueError("--weights are those of --judge inception; a run of a classifier has its own")
+    jury = Inception(weights) if judge == "inception" else Judge(judge)
     trained = sampling.load(run)
     data = load_data(run, root)
     labels = list(range(trained.classes)) or None
-    jury = Judge(judge)
     test = torch.cat(list(_images(data.test_dataloader(), n)))
-    if len(test) < n:
-        raise ValueError(f"the floor needs as many test images as samples, but there are only {len(test)}; lower n")
+    if floor and len(test) < n:
+        raise ValueError(
+            f"the floor needs as many test images as samples, but there are only {len(test)}; "
+            f"lower n, or leave the floor out (--no-floor)"
+        )
     drawn = sampling.sample(trained, n, steps, scheduler, None, labels, guidance, seed)
     train, further = _images(data.train_dataloader(), reference), dict[str, float]()
     if drawn.shape[3] == 2 * drawn.shape[2]:
         further = {"copy_error": copy_error(drawn), "copy_error_real": copy_error(test)}
         train = (images.chunk(2, dim=3)[0] for images in train)
         drawn, test = (images.chunk(2, dim=3)[0] for images in (drawn, test))
-    if labels:
+    if labels and isinstance(jury, Judge):
         asked = torch.tensor([labels[i % len(labels)] for i in range(n)])
         further["asked"] = float((jury.classes(drawn) == asked).float().mean())
     if drawn.shape[1] == 1:
         further |= {"parts": connected_parts(drawn), "parts_real": connected_parts(test)}
-    fd, floor = frechet_distance(jury, train, drawn, test)
-    return {"n": n, "fd": fd, "fd_floor": floor} | further
+    distances = frechet_distance(jury, train, drawn, *([test] if floor else []))
+    return {"n": n} | dict(zip(("fd", "fd_floor"), distances, strict=False)) | further
 
 
 def load_data(run: str | Path, root: str | None = None) -> Any:
@@ -152,8 +194,11 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run `vit-rope quality`, which prints one score a line."""
     parser = argparse.ArgumentParser("vit-rope quality", description="Score samples of a trained denoiser.")
     parser.add_argument("run", help="a run of Diffusion: its folder, or one of its checkpoints")
-    parser.add_argument("--judge", required=True, help="a run of a classifier on the same data")
+    parser.add_argument("--judge", required=True, help='a run of a classifier on the same data, or "inception"')
+    parser.add_argument("--weights", type=Path, help=f"of --judge inception: your copy of {WEIGHTS}")
     parser.add_argument("--n", type=int, default=1000, help="samples, and real images for the floor")
+    parser.add_argument("--reference", type=int, default=20_000, help="training images to measure distances from")
+    parser.add_argument("--floor", action=argparse.BooleanOptionalAction, default=True, help="score real images too")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--scheduler", default="ddim", help=", ".join(sampling.SCHEDULERS))
     parser.add_argument("--guidance", type=float, default=1.0)

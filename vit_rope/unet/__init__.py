@@ -25,7 +25,7 @@ from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
 from .attention import GridTransformer2DModel, PlacedAttention, PositionProcessor, UnplacedAttention
-from .maps import Origin, build_at, map_layout, pixels
+from .maps import Origin, begin_missing, build_at, map_layout, pixels
 
 KEYS = ("position", "position_unit", "position_origin", "zero_init")  # of the config, beside the diffusers class's own
 
@@ -200,6 +200,13 @@ class RopeMixin:
         self.register_to_config(zero_init=zero_init)
         if zero_init:
             _zero_outputs(self)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As diffusers has it; what positions learn and the folder has not, for it was another's, begins anew."""
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyrefly: ignore[missing-attribute]
+        begin_missing(loaded[0], loaded[1].get("missing_keys", []))
+        return loaded if output_loading_info else loaded[0]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..positions import Layout, Position, build
 from ..positions import coords as places
@@ -73,6 +73,17 @@ def build_at(name: str, level: int, spec: str, layout: MapLayout, remedy: str) -
         hint = f"; {remedy}" if "head_dim" in str(error) else ""
         heads = f"{layout.width} channels, {layout.heads} heads of {layout.head}"
         raise ValueError(f"{name} (level {level}, {heads}): {error}{hint}") from error
+
+
+def begin_missing(model: nn.Module, missing: Sequence[str]) -> None:
+    """Let the schemes begin anew whose parameters are `missing` in a folder; diffusers leaves them empty or on meta."""
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
+    for name, module in model.named_modules():
+        own = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
+        if isinstance(module, Position) and not own.isdisjoint(missing):
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module.to_empty(device=device or "cpu", recurse=False)
+            module.reset_parameters()
 
 
 def pixels(sample_size: int | Sequence[int]) -> tuple[int, ...]:
