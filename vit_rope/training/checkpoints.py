@@ -14,24 +14,51 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import callbacks, loggers, strategies
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-CONFIG_KEYS = ("out", "seed_everything", "model", "data", "trainer", "checkpoint", "ema")
-TRUSTED = (
-    "vit_rope.",
-    "torchvision.transforms.v2.",
-    "lightning.pytorch.loggers.",
-    "lightning.pytorch.callbacks.EarlyStopping",
-    "lightning.pytorch.callbacks.LearningRateMonitor",
-    "lightning.pytorch.callbacks.RichModelSummary",
-    "lightning.pytorch.callbacks.ModelSummary",
-    "lightning.pytorch.callbacks.Timer",
+CONFIG_KEYS = ("out", "seed_everything", "model", "data", "trainer", "checkpoint", "last", "ema")
+TRUSTED: tuple[Any, ...] = (  # what a configuration may name, with all that is in it; --import adds to it
+    "vit_rope",
+    "torchvision.transforms.v2",
+    callbacks.EarlyStopping,
+    callbacks.LearningRateMonitor,
+    callbacks.DeviceStatsMonitor,
+    callbacks.ModelSummary,
+    callbacks.RichModelSummary,
+    callbacks.Timer,
+    loggers.CSVLogger,
+    loggers.TensorBoardLogger,
+    strategies.DDPStrategy,
+    strategies.ModelParallelStrategy,
+    SLURMEnvironment,
+    torch.dtype,
 )
-UNTRUSTED = ("torchvision.transforms.v2.Lambda",)  # calls whatever it is given
+UNTRUSTED = ("torchvision.transforms.v2.Lambda", "torchvision.transforms.v2._misc.Lambda")  # calls what it is given
 
 log = logging.getLogger(__name__)
+
+
+def trusted(modules: list[str]) -> list[str]:
+    """The import paths that a configuration may name, those under `modules` too."""
+    paths = list(modules)
+    for one in TRUSTED:
+        package = [] if isinstance(one, str) else [f"{'.'.join(one.__module__.split('.')[:3])}.{one.__name__}"]
+        paths += [one] if isinstance(one, str) else [f"{one.__module__}.{one.__qualname__}", *package]
+    return paths + [f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
+
+
+def guard(modules: list[str]) -> None:
+    """Let YAML and command line import nothing else than what is trusted and what is under `modules`."""
+    set_parsing_settings(
+        import_path_denylist=["*", *UNTRUSTED],
+        import_path_allowlist=trusted(modules),
+        instantiate_subclass_spec_in_any=False,
+    )
 
 
 def find(ckpt_path: str, out: str, default: str) -> Path:
@@ -72,9 +99,9 @@ def embedded_config(checkpoint: Mapping[str, Any], path: str | Path, modules: li
         raise ValueError(f"{path} carries no configuration; give --config too")
     config = yaml.safe_load(checkpoint["config"])
     for name in _class_paths(config):
-        allowed = name.startswith((*TRUSTED, *(f"{module}." for module in modules)))
-        if not allowed or name.startswith(UNTRUSTED):
-            raise ValueError(f"{path} asks for the class {name}; give --config if you trust it")
+        allowed = any(name == known or name.startswith(f"{known}.") for known in trusted(modules))
+        if not allowed or name in UNTRUSTED:
+            raise ValueError(f"{path} asks for the class {name}, as no file may; --import its module if you trust it")
     return yaml.safe_dump({key: value for key, value in config.items() if key in CONFIG_KEYS}, sort_keys=False)
 
 

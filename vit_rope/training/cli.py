@@ -15,13 +15,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from . import checkpoints
-from .callbacks import EMA, LastCheckpoint, ProgressLine
+from .callbacks import EMA, LastCheckpoint, ProgressLine, Reseed
 from .classification import Classification, check_name
 from .data import CIFAR, Digits, FashionMNIST
 from .diffusion import Diffusion
 from .folder import ImageFolder
 from .logger import MetricsLogger
-from .run import RunFolder, occupied
+from .run import RunFolder, check_free
+from .saving import AtomicIO
 
 CLASSES = (Classification, Diffusion, Digits, FashionMNIST, CIFAR, ImageFolder)  # imported: known by short names
 
@@ -31,6 +32,7 @@ class CLI(LightningCLI):
 
     def __init__(self, args: list[str], modules: list[str]):
         self.modules = modules
+        checkpoints.guard(modules)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -61,8 +63,10 @@ class CLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
             }
         )
+        parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(EMA, "ema")
-        parser.link_arguments("out", "checkpoint.dirpath", compute_fn=_checkpoints)
+        for key in ("checkpoint", "last"):
+            parser.link_arguments("out", f"{key}.dirpath", compute_fn=_checkpoints)
         for fact in ("num_classes", "in_chans", "img_size"):
             parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
 
@@ -89,7 +93,8 @@ class CLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         if issubclass(_class(config.model.class_path), Classification):
             check_name(config.model.init_args.model)
-        if self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
+        first = getattr(rank_zero_only, "rank", 0) == 0
+        if first and self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
             check_free(Path(config.out), config.ckpt_path)
 
     def instantiate_classes(self) -> None:
@@ -107,11 +112,17 @@ class CLI(LightningCLI):
             asked = [] if config.logger in (None, True) else config.logger
             loggers = asked if isinstance(asked, list) else [asked]
             kwargs["logger"] = [MetricsLogger(out, str(self.subcommand)), *loggers]
-        callbacks: list[Callback] = [LastCheckpoint(out)]
+        plugins = config.plugins or []
+        kwargs["plugins"] = [AtomicIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+        callbacks: list[Callback] = [Reseed()]
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressLine())
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        if getattr(self.trainer.strategy, "_save_distributed_checkpoint", False):
+            raise ValueError("set save_distributed_checkpoint: false of the strategy: a checkpoint is one file here")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
@@ -134,7 +145,7 @@ def main(args: list[str] | None = None) -> None:
         argv = list(sys.argv[1:] if args is None else args)
         try:
             CLI(*take_imports(argv))
-        except (ValueError, TypeError, FileNotFoundError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raiser = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
             if args is not None or not raiser.is_relative_to(Path(__file__).parents[1]):
                 raise
@@ -171,16 +182,6 @@ def with_checkpoint(argv: list[str], modules: list[str]) -> list[str]:
     config = checkpoints.embedded_config(checkpoints.read(path), path, modules)
     moved = ["--out", str(path.parents[1])] if path.parent.name == "checkpoints" else []
     return [argv[0], "--config", config, *moved, *argv[1:]]
-
-
-def check_free(out: Path, ckpt_path: str | None) -> None:
-    """Raise a ValueError where `out` holds a run that this one does not go on with (the first process looks)."""
-    resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(out.resolve())
-    if getattr(rank_zero_only, "rank", 0) == 0 and not resumes and (found := occupied(out)):
-        raise ValueError(
-            f"{out} already holds a run ({', '.join(found)}): go on with --ckpt_path last, "
-            "replace it with --overwrite true, or choose another --out"
-        )
 
 
 @rank_zero_only
