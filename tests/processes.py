@@ -64,9 +64,7 @@ def kill(seed: int, kills: int, args: list[str]) -> dict:
     out = Path(args[args.index("--out") + 1])
     log, counts = f"{out}.log", {"kills": 0, "resumed": 0, "ended": 0}
     began = time.monotonic()
-    os.waitpid(
-        fork([*args[: args.index("--out")], "--out", f"{out}.whole", *args[args.index("--out") + 2 :]], {}, log), 0
-    )
+    os.waitpid(fork([*args, "--out", f"{out}.whole"], {}, log), 0)
     longest = time.monotonic() - began
     while True:
         last = (out / "checkpoints" / "last.ckpt").exists()
@@ -106,6 +104,7 @@ def ranks(count: int, args: list[str]) -> int:
 
 if __name__ == "__main__":
     import diffusers  # noqa: F401 - once for all children
+
     from vit_rope.training import Classification, Diffusion, cli  # noqa: F401
 
     verb, number, *rest = sys.argv[1:]

@@ -186,18 +186,21 @@ class Images(Dataset[Any]):
 class Loader(DataLoader[Any]):
     """A DataLoader that can go on within an epoch: its state says how many batches of which epoch were drawn."""
 
-    drawn: tuple[int, int] = (0, 0)  # epoch, batches
-    resumed: tuple[int, int] = (0, 0)
+    drawn: tuple[int, int] = (-1, 0)  # epoch, batches
+    resumed: tuple[int, int] = (-1, 0)
 
     def __iter__(self) -> Any:
-        epoch = getattr(self.sampler, "epoch", 0)  # looked up at the first batch, when Lightning has set it
-        skip = self.resumed[1] if self.resumed[0] == epoch and isinstance(self.sampler, Order) else 0
-        if isinstance(self.sampler, Order):
+        epoch, skip = max(self.drawn[0] + 1, self.resumed[0]), 0
+        if isinstance(self.sampler, Order):  # the generator starts with the first batch, when Lightning has set this
+            epoch = self.sampler.epoch
+            skip = self.resumed[1] if self.resumed[0] == epoch else 0
             self.sampler.start = skip * (self.batch_size or 1)
+        elif hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)  # a stream of timm's
         for number, batch in enumerate(super().__iter__(), start=skip + 1):
             self.drawn = (epoch, number)
             yield batch
-        self.resumed = (0, 0)
+        self.resumed = (-1, 0)
 
     def state_dict(self) -> dict[str, int]:
         """Lightning keeps it in a checkpoint, as it does for every loader that has one."""

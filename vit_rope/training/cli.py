@@ -23,8 +23,17 @@ from .folder import ImageFolder
 from .logger import MetricsLogger
 from .run import RunFolder, check_free
 from .saving import AtomicIO
+from .timm_data import TimmData
 
-CLASSES = (Classification, Diffusion, Digits, FashionMNIST, CIFAR, ImageFolder)  # imported: known by short names
+CLASSES = (
+    Classification,
+    Diffusion,
+    Digits,
+    FashionMNIST,
+    CIFAR,
+    ImageFolder,
+    TimmData,
+)  # imported: known by short names
 
 
 class CLI(LightningCLI):
@@ -202,6 +211,7 @@ def quieten() -> None:
         r"The number of training batches \(\d+\) is smaller than the logging interval",
         r"The dirpath has changed from",  # the folder was moved
         r"Checkpoint directory .* exists and is not empty",  # a resumed run, or checked by us
+        r"`training_step` returned `None`",  # a batch that was left out, of which we tell ourselves
         r"Found .* module\(s\) in eval mode",
     ):
         warnings.filterwarnings("ignore", message=message)

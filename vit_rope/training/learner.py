@@ -1,6 +1,7 @@
 """What every training here shares: an optimizer under a schedule, a watch over the numbers, shards of large models."""
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from .checkpoints import check_fit
 from .optim import OptimConfig, ScheduleConfig, make_optimizer, make_schedule
 from .saving import telling
 
+log = logging.getLogger(__name__)
 NonFinite = Literal["stop", "skip", "ignore"]
 
 
@@ -48,7 +50,7 @@ class Learner(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         loss = self.loss(batch, batch_idx)
         if self.nonfinite != "ignore" and not self._finite(loss):
-            self._keep(loss, batch_idx)
+            self._keep(float(loss.detach()), batch_idx)
             return None
         rate = max(group["lr"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
         self.log_dict({"train/loss": loss, "train/lr": rate})
@@ -59,6 +61,12 @@ class Learner(LightningModule):
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
             norm = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
             self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def on_train_epoch_end(self) -> None:
+        dataset = getattr(self.trainer.train_dataloader, "dataset", None)
+        skipped = getattr(getattr(dataset, "dataset", dataset), "skipped", None)
+        if skipped is not None:
+            self.log("train/skipped", float(skipped), sync_dist=True, reduce_fx="sum")
 
     def configure_model(self) -> None:
         """Split the parameters over the processes of a ModelParallelStrategy, each block by itself (FSDP2)."""
@@ -89,13 +97,13 @@ class Learner(LightningModule):
         several = self.trainer.world_size > 1  # then all go the same way, for the others wait for one's gradients
         return self.trainer.strategy.reduce_boolean_decision(finite) if several else finite
 
-    def _keep(self, loss: Tensor, batch_idx: int) -> None:
+    def _keep(self, value: float, batch_idx: int) -> None:
         """Write down which batch it was, and stop if that is asked for."""
         trainer: Any = self.trainer
         loader: Any = trainer.train_dataloader
         sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", 0)
         indices = sampler.indices()[batch_idx * size : (batch_idx + 1) * size] if isinstance(sampler, Order) else []
-        callback, value = trainer.checkpoint_callback, float(loss)
+        callback = trainer.checkpoint_callback
         path = Path(getattr(callback, "dirpath", None) or "checkpoints").parent / "nonfinite.jsonl"
         place = (
             f"step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx}, rank {self.global_rank})"
@@ -111,6 +119,7 @@ class Learner(LightningModule):
                 "has the indices of the images; go on from the last checkpoint with a lower optim.lr or with "
                 "trainer.gradient_clip_val, or leave such batches out with --model.nonfinite skip"
             )
+        log.warning("left out a batch: its loss is %s at %s", value, place)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
