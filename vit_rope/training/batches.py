@@ -28,8 +28,8 @@ class Pick(int):
         pick.seed = seed
         return pick
 
-    def __getnewargs__(self) -> tuple[int, int]:
-        return int(self), self.seed
+    def __reduce__(self) -> tuple[type, tuple[int, int]]:
+        return Pick, (int(self), self.seed)
 
 
 class Order(Sampler[int]):
@@ -54,7 +54,7 @@ class Order(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices()[self.start :])
 
-    def indices(self) -> list[int]:
+    def indices(self) -> Sequence[int]:
         """This process's indices of the whole epoch."""
         if not self.shuffle:
             return list(range(self.rank, self.length, self.world))

@@ -147,6 +147,11 @@ def load_weights(model: nn.Module, path: str, name: str) -> None:
     model.load_state_dict(state)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
     names = getattr(model, "default_cfg", {}).get("classifier", "head")
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

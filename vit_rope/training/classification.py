@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import vit_rope  # noqa: F401 - registers its models with timm
 
-from .checkpoints import load_weights
+from .checkpoints import load_weights, one_line
 from .learner import Learner, NonFinite
 from .optim import OptimConfig, ScheduleConfig
 from .saving import replacing
@@ -150,9 +150,12 @@ def create(
     args = given | args
     try:
         return timm.create_model(name, **args), args
-    except TypeError as error:
-        if "'img_size'" not in str(error):
-            raise TypeError(f"{name} with {args}: {error}") from error
+    except ValueError:
+        raise  # in words of our own, mostly
+    except Exception as error:  # a model's constructor raises about anything at arguments that it does not expect
+        if not isinstance(error, TypeError) or "'img_size'" not in str(error):
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name} with {args}: {one_line(error)}") from error
     del args["img_size"]  # a convolutional network, which takes images of any size
     return timm.create_model(name, **args), args
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import sampling
 from ..positions import Position
+from .checkpoints import one_line
 from .learner import Learner, NonFinite
 from .optim import OptimConfig, ScheduleConfig
 
@@ -221,7 +222,12 @@ def create(name: str, args: dict[str, Any], facts: dict[str, Any]) -> Any:
         if key not in known:
             near = get_close_matches(key, known, n=3) or known
             raise TypeError(f"{name} has no argument {key!r}; did you mean {', '.join(near)}?")
-    return cls(**args, **facts)
+    try:
+        return cls(**args, **facts)
+    except (ValueError, TypeError):
+        raise  # in words of our own or diffusers'
+    except Exception as error:  # a model's constructor raises about anything at arguments that it does not expect
+        raise ValueError(f"{name} with {args}: {one_line(error)}") from error
 
 
 def make_target(noise: Any, images: Tensor, drawn: Tensor, time: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ class FromFiles(LightningDataModule):
             raise ValueError(f"max_pixels is above 0 and at most Pillow's {Image.MAX_IMAGE_PIXELS}, got {max_pixels}")
         self.img_size, self.batch_size, self.workers = img_size, batch_size, workers
         self.repeats, self.mean, self.std = repeats, mean, std
-        self.on_error, self.max_pixels = on_error, max_pixels
+        self.on_error: OnError = on_error
+        self.max_pixels = max_pixels
         finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
         cubic = v2.InterpolationMode.BICUBIC
         plain = [v2.Resize(round(img_size / crop), cubic), v2.CenterCrop(img_size)]

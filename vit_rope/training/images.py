@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
+from .checkpoints import one_line
+
 OnError = Literal["stop", "skip"]
 MAX_PIXELS = 2**26  # of 8192 x 8192; Pillow's own limit is a little above
 log = logging.getLogger(__name__)
@@ -95,7 +97,3 @@ def readable(samples: list[tuple[Tensor, int] | None]) -> Any:
 def shown(path: Any) -> str:
     """A path as text that any terminal and file takes, also where its name is no UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace") if isinstance(path, (str, Path)) else str(path)
-
-
-def one_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

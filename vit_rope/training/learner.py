@@ -80,7 +80,8 @@ class Learner(LightningModule):
             )
         for block in blocks(self.model):
             fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(self.model, mesh=mesh["data_parallel"])
+        # the rest too gives way after a forward, so that parameters are shards whenever callbacks look at them
+        fully_shard(self.model, mesh=mesh["data_parallel"], reshard_after_forward=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.learning(), self.optim)

@@ -56,7 +56,7 @@ class TimmData(FromFiles):
         super().__init__(
             img_size, crop, batch_size, workers, augment, transforms, repeats, mean, std, on_error, max_pixels
         )
-        self.num_classes, self.name, self.root = num_classes, name, root
+        self.num_classes, self.set, self.root = num_classes, name, root
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
         for split in {} if name else self.splits.values():
             if not Path(root, f"{split}.tar").is_file():
@@ -65,12 +65,12 @@ class TimmData(FromFiles):
     def source(self, split: str) -> Any:
         """timm's reader of a split, or its stream of images."""
         own = self.splits[split]
-        root = self.root if self.name else str(Path(self.root, f"{own}.tar"))
+        root = self.root if self.set else str(Path(self.root, f"{own}.tar"))
         options = {"is_training": split == "train", "batch_size": self.batch_size}
         try:
-            data: Any = create_dataset(self.name, root=root, split=own, input_img_mode="RGB", **options)
+            data: Any = create_dataset(self.set, root=root, split=own, input_img_mode="RGB", **options)
         except ImportError as error:
-            raise ValueError(f"{self.name} needs a package that is not installed: {error}") from error
+            raise ValueError(f"{self.set} needs a package that is not installed: {error}") from error
         if isinstance(data, IterableDataset):
             return data
         check_names(data.reader)
