@@ -99,7 +99,7 @@ def ranks(count: int, args: list[str]) -> int:
     children = [fork(args, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log) for rank in range(count)]
     status = max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
     if status:
-        print(Path(log).read_text()[-5000:], file=sys.stderr)
+        print(Path(log).read_text(), file=sys.stderr)
     return status
 
 

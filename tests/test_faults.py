@@ -19,8 +19,8 @@ import yaml
 
 from vit_rope.training import saving
 from vit_rope.training.batches import loader
-from vit_rope.training.callbacks import LastCheckpoint
 from vit_rope.training.classification import Classification
+from vit_rope.training.last import LastCheckpoint
 from vit_rope.training.logger import MetricsLogger
 from vit_rope.training.saving import AtomicIO, FolderLock, replacing
 

@@ -1,11 +1,19 @@
 """Several processes: the same numbers as one, in shards too, and an end for all when one ends."""
 
+import contextlib
 import json
+import os
+import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
+
+from vit_rope.training.classification import Classification
 
 from .processes import finish, start
 from .test_resume import CLASSIFIER, CONFIG, last, run
@@ -74,3 +82,82 @@ def test_shards_are_one_process_and_go_on_in_one(config, single, tmp_path):
     close(last(single), last(tmp_path / "one"), 2e-6)
     close(last(single), last(out), 2e-6)
     assert (out / "exported" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_process_that_is_killed_ends_the_run(config, tmp_path):
+    """By Lightning's own launcher, as without torchrun: the first process starts the second."""
+    out = tmp_path / "r"
+    options = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.max_epochs", 10_000)
+    process = start("vit_rope", "fit", "--config", config, "--out", out, *options)
+    other = 0
+    try:
+        for _ in range(900):
+            if (out / "checkpoints" / "last.ckpt").exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        other = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+        os.kill(other, signal.SIGKILL)
+        began = time.monotonic()
+        status, _, err = finish(process, 60)
+    finally:
+        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(other or process.pid, signal.SIGKILL)
+    assert status == 1
+    assert time.monotonic() - began < 60
+    assert "process 1 ended before the others, with status -9" in err
+
+
+@pytest.mark.slow
+def test_error_in_one_process_ends_the_run_and_is_told(tmp_path):
+    for path in (tmp_path / split / name / f"{i}.png" for split in ("train", "val") for name in "ab" for i in range(4)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"")  # which one process alone comes upon
+    data = {"class_path": "ImageFolder", "init_args": {"root": str(tmp_path), "img_size": 8, "batch_size": 4}}
+    data["init_args"]["workers"] = 0
+    model = {**CLASSIFIER, "init_args": {**CLASSIFIER["init_args"], "mixup": 0.0}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model, "data": data}))
+    began = time.monotonic()
+    status, said = ranks("--config", tmp_path / "c.yaml", "--out", tmp_path / "r", "--trainer.devices", 2)
+    assert status == 1
+    assert time.monotonic() - began < 60
+    assert re.search(r"ValueError: cannot read the image .*train/a/0\.png", said)
+
+
+# Models without memory
+
+
+def test_model_from_the_meta_device_is_the_same_model(tmp_path):
+    """Built without memory, given some, then weights: no table is left behind."""
+    for position in ("axial", "mixed", "learned", "sincos + axial"):
+        args = {**PLAIN, "position": position}
+        whole = Classification("vit_rope_tiny_patch16_224", args, num_classes=10, in_chans=1, img_size=8).eval()
+        with torch.device("meta"):
+            empty = Classification("vit_rope_tiny_patch16_224", args, num_classes=10, in_chans=1, img_size=8).eval()
+        assert all(p.is_meta for p in empty.parameters())
+        empty.to_empty(device="cpu")
+        for tensor in empty.state_dict().values():
+            tensor.fill_(float("nan"))
+        empty.load_state_dict(whole.state_dict())
+        images = torch.randn(2, 1, 8, 8)
+        assert torch.equal(empty(images), whole(images))
+
+
+def test_only_data_parallel_shards():
+    class Mesh(dict):
+        def size(self):
+            return 4
+
+    module = Classification("vit_rope_tiny_patch16_224", PLAIN, num_classes=10, in_chans=1, img_size=8)
+    module._device_mesh = Mesh(tensor_parallel=Mesh())
+    with pytest.raises(ValueError, match="ModelParallelStrategy data_parallel_size: 4 and tensor_parallel_size: 1"):
+        module.configure_model()
+
+
+def test_checkpoint_in_parts_is_refused(config, tmp_path):
+    strategy = SHARDED % "data_parallel_size: 1, tensor_parallel_size: 1"
+    with pytest.raises(ValueError, match="set save_distributed_checkpoint: false of the strategy"):
+        run("--config", config, "--out", tmp_path / "r", f"--{strategy}")
+    assert not (tmp_path / "r").exists()

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from vit_rope.training import callbacks
+from vit_rope.training import progress
 from vit_rope.training.callbacks import EMA
 from vit_rope.training.classification import Classification
 from vit_rope.training.cli import main
@@ -438,7 +438,7 @@ def test_options_train(config, tmp_path, args):
 
 def test_terminal_shows_loss_accuracy_speed_and_time_left(config, tmp_path, monkeypatch):
     said = io.StringIO()
-    monkeypatch.setattr(callbacks, "Console", lambda **_: Console(file=said, force_terminal=True, width=80))
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=said, force_terminal=True, width=80))
     run("fit", "--config", config, "--out", tmp_path / "r", "--trainer.limit_train_batches", 10)
     run("validate", "--ckpt_path", tmp_path / "r")
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.getvalue())

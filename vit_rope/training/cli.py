@@ -15,12 +15,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from . import checkpoints
-from .callbacks import EMA, LastCheckpoint, ProgressLine, Reseed
+from .callbacks import EMA, Reseed
 from .classification import Classification, check_name
 from .data import CIFAR, Digits, FashionMNIST
 from .diffusion import Diffusion
 from .folder import ImageFolder
+from .last import LastCheckpoint
 from .logger import MetricsLogger
+from .progress import ProgressLine
 from .run import RunFolder, check_free
 from .saving import AtomicIO
 from .timm_data import TimmData
@@ -158,7 +160,8 @@ def main(args: list[str] | None = None) -> None:
             raiser = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
             if args is not None or not raiser.is_relative_to(Path(__file__).parents[1]):
                 raise
-            sys.exit(f"error: {error}")  # a message of this library tells the user all; a traceback would hide it
+            rank = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
+            sys.exit(f"error{rank}: {error}")  # a message of this library tells the user all; a traceback would hide it
 
 
 def take_imports(argv: list[str]) -> tuple[list[str], list[str]]:
