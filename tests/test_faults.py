@@ -325,3 +325,40 @@ def test_half_precision(config, tmp_path, precision):
     state = last(tmp_path / "r")
     assert ("MixedPrecision" in state) == (precision == "16-mixed")  # the state of the loss's scale
     assert all(value.dtype == torch.float32 for value in state["weights_in_training"].values())
+
+
+# A long run
+
+
+def test_early_stopping_and_tensorboard_on_demand(config, tmp_path):
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/acc", "--trainer.callbacks.mode=max"]
+    stop += ["--trainer.callbacks.patience=1", "--model.optim.lr=1e-12"]
+    board = ["--trainer.logger=TensorBoardLogger", f"--trainer.logger.save_dir={tmp_path / 'board'}"]
+    run("--config", config, "--out", tmp_path / "r", *stop, *board)
+    assert last(tmp_path / "r")["epoch"] == 1  # of four: the score of a model that does not learn stays
+    assert (tmp_path / "r" / "metrics.jsonl").exists()
+    assert any(path.name.startswith("events.") for path in (tmp_path / "board").rglob("*"))
+
+
+def test_memory_is_logged(config, tmp_path):
+    run("--config", config, "--out", tmp_path / "r", "--trainer.enable_progress_bar", "true", "--trainer.max_epochs", 1)
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    used = [row["train/memory_gb"] for row in rows if "train/memory_gb" in row]
+    assert len(used) == 1
+    assert 0.1 < used[0] < 20
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(config, tmp_path, monkeypatch):
+    """2,000 steps with validations and checkpoints; the resident memory from step 500 on."""
+    used = {}
+
+    def look(self, trainer, *_):
+        if trainer.global_step % 250 == 0:
+            used[trainer.global_step] = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+    monkeypatch.setattr(LastCheckpoint, "on_train_batch_start", look, raising=False)
+    args = ("--trainer.max_epochs", 100, "--trainer.limit_train_batches", 20, "--trainer.check_val_every_n_epoch", 10)
+    run("--config", config, "--out", tmp_path / "r", *args)
+    print({step: round(size, 1) for step, size in used.items()})
+    assert max(used.values()) - used[500] < 16  # MiB
