@@ -17,7 +17,6 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import callbacks, loggers, strategies
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -86,10 +85,10 @@ def read(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         message = f"{path} was not loaded: it holds more than tensors and plain values, and could run code"
         raise ValueError(message) from error
-    except (RuntimeError, EOFError, OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is no checkpoint, or damaged: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+    except Exception as error:  # torch raises about anything on a damaged file
+        raise ValueError(f"{path} is no checkpoint, or damaged: {one_line(error)}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__} that is no dictionary of names")
     return content
 
 
@@ -97,7 +96,12 @@ def embedded_config(checkpoint: Mapping[str, Any], path: str | Path, modules: li
     """The configuration inside a checkpoint, as YAML; `modules` are further ones whose classes it may name."""
     if "config" not in checkpoint:
         raise ValueError(f"{path} carries no configuration; give --config too")
-    config = yaml.safe_load(checkpoint["config"])
+    try:
+        config = yaml.safe_load(checkpoint["config"])
+    except Exception as error:
+        raise ValueError(f"the configuration in {path} cannot be read: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"the configuration in {path} cannot be read: it is a {type(config).__name__}")
     for name in _class_paths(config):
         allowed = any(name == known or name.startswith(f"{known}.") for known in trusted(modules))
         if not allowed or name in UNTRUSTED:
@@ -106,14 +110,18 @@ def embedded_config(checkpoint: Mapping[str, Any], path: str | Path, modules: li
 
 
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Raise a ValueError that lists what is missing, unexpected or of another shape in `state` for this module."""
+    """Raise a ValueError that lists what `state` has not, has too much, or has otherwise than this module wants it."""
     wanted = module.state_dict()
+    both = {key: state[key] for key in wanted if key in state}
+    tensors = {key: value for key, value in both.items() if isinstance(value, Tensor)}
     shapes = [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
+        f"{key} is {tuple(value.shape)}, not {tuple(wanted[key].shape)}"
+        for key, value in tensors.items()
+        if value.shape != wanted[key].shape
     ]
+    reals = [key for key, value in tensors.items() if value.is_floating_point()]
     lists = {
+        "of another kind": [key for key in both if wanted[key].is_floating_point() != (key in reals)],
         "missing": [key for key in wanted if key not in state],
         "unexpected": [key for key in state if key not in wanted],
         "of another shape": shapes,
@@ -121,6 +129,9 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None
     faults = [f"{what}: {_some(keys)}" for what, keys in lists.items() if keys]
     if faults:
         raise ValueError(f"the weights are those of another model than {name}: {'; '.join(faults)}")
+    lost = [key for key in reals if not tensors[key].is_meta and bool(tensors[key].isnan().any())]
+    if lost:
+        raise ValueError(f"the weights for {name} are not numbers any more: nan in {_some(lost)}; take earlier ones")
 
 
 def load_weights(model: nn.Module, path: str, name: str) -> None:
@@ -131,15 +142,20 @@ def load_weights(model: nn.Module, path: str, name: str) -> None:
     content = read(path)
     key = next((key for key in ("state_dict_ema", "model_ema", "state_dict", "model") if key in content), None)
     state = content if key is None else content[key]
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path} has no weights: its {key} is no dictionary of names")
     for prefix in ("module.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's custom in every file
     if convert is not None:
-        state = convert(state, model)
+        try:
+            state = convert(state, model)
+        except Exception as error:  # timm's look into tensors that they expect to be there
+            raise ValueError(f"{path} has the weights of another model than {name}: {one_line(error)}") from error
     own = model.state_dict()
     heads = _classifiers(model)
-    other = [k for k in state if k in own and k.startswith(heads) and state[k].shape != own[k].shape]
+    other = [k for k in state if k in own and k.startswith(heads) and getattr(state[k], "shape", None) != own[k].shape]
     if other:
         log.info("%s has a classifier for other classes: %s starts anew", path, ", ".join(other))
         state = state | {k: own[k] for k in other}

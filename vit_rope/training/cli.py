@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from . import checkpoints
@@ -111,10 +112,12 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            if error.__cause__ is None or not str(error).startswith("Does not validate against any of the Union"):
-                raise
-            raise error.__cause__ from None  # what the class said, without jsonargparse's account of where it asked
+        except Exception as error:
+            said: BaseException = error
+            if error.__cause__ is not None and str(error).startswith("Does not validate against any of the Union"):
+                said = error.__cause__  # what the class said, without jsonargparse's account of where it asked
+            kinds = [kind for kind in (FileNotFoundError, OSError, TypeError) if isinstance(said, kind)]
+            raise (kinds or [ValueError])[0](checkpoints.one_line(said)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given: Any = self.config_init[str(self.subcommand)]
@@ -156,12 +159,18 @@ def main(args: list[str] | None = None) -> None:
         argv = list(sys.argv[1:] if args is None else args)
         try:
             CLI(*take_imports(argv))
-        except (ValueError, TypeError, OSError) as error:
-            raiser = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-            if args is not None or not raiser.is_relative_to(Path(__file__).parents[1]):
+        except (ValueError, TypeError, OSError, OverflowError, MisconfigurationException) as error:
+            if args is not None or not says_all(error):
                 raise
             rank = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
-            sys.exit(f"error{rank}: {error}")  # a message of this library tells the user all; a traceback would hide it
+            sys.exit(f"error{rank}: {checkpoints.one_line(error)}")
+
+
+def says_all(error: Exception) -> bool:
+    """Whether a traceback would only hide the message: an error of this library, or of settings, before any step."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+    return ours or all(frame.name != "_run_stage" for frame in frames)
 
 
 def take_imports(argv: list[str]) -> tuple[list[str], list[str]]:
