@@ -158,7 +158,7 @@ def load_weights(model: nn.Module, path: str, name: str) -> None:
     other = [k for k in state if k in own and k.startswith(heads) and getattr(state[k], "shape", None) != own[k].shape]
     if other:
         log.info("%s has a classifier for other classes: %s starts anew", path, ", ".join(other))
-        state = state | {k: own[k] for k in other}
+        state = {**state, **{k: own[k] for k in other}}
     check_fit(model, state, name)
     model.load_state_dict(state)
 
@@ -184,4 +184,5 @@ def _class_paths(node: Any) -> Iterator[str]:
 
 
 def _some(keys: list[str], most: int = 4) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+    names = [key if key.isprintable() and key else repr(key) for key in keys[:most]]
+    return ", ".join(names) + (f" and {len(keys) - most} more" if len(keys) > most else "")
