@@ -110,6 +110,30 @@ def test_process_that_is_killed_ends_the_run(config, tmp_path):
 
 
 @pytest.mark.slow
+def test_signal_to_one_process_stops_all_after_the_same_step(config, tmp_path):
+    """A queue may warn any of them: they agree, one checkpoint is saved, and the run can go on."""
+    out = tmp_path / "r"
+    options = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.max_epochs", 10_000)
+    process = start("tests.processes", "ranks", 2, "fit", "--config", config, "--out", out, *options)
+    try:
+        for _ in range(600):
+            if (out / "checkpoints" / "last.ckpt").exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGTERM)
+        status, _, err = finish(process, 60)
+    finally:
+        process.kill()
+    assert status == 128 + signal.SIGTERM, err
+    told = re.search(r"SIGTERM ended the run after step (\d+); go on with: python train.py fit --ckpt_path", err)
+    assert last(out)["global_step"] == int(told[1])
+    steps = int(told[1]) + 12
+    run("--ckpt_path", out, "--trainer.devices", 1, "--trainer.strategy", "auto", "--trainer.max_steps", steps)
+    assert last(out)["global_step"] == steps
+
+
+@pytest.mark.slow
 def test_error_in_one_process_ends_the_run_and_is_told(tmp_path):
     for path in (tmp_path / split / name / f"{i}.png" for split in ("train", "val") for name in "ab" for i in range(4)):
         path.parent.mkdir(parents=True, exist_ok=True)

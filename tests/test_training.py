@@ -7,12 +7,14 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
@@ -20,7 +22,7 @@ from torch import nn
 from vit_rope.training import progress
 from vit_rope.training.callbacks import EMA
 from vit_rope.training.classification import Classification
-from vit_rope.training.cli import main
+from vit_rope.training.cli import main, quieten
 from vit_rope.training.logger import MetricsLogger
 from vit_rope.training.optim import OptimConfig, ScheduleConfig, make_optimizer, make_schedule, schedule_curve
 
@@ -525,6 +527,30 @@ def test_average_leaves_an_untrained_model_alone():
         module.weight.fill_(3.0)
     ema.on_validation_epoch_start(Steps(), module)
     assert module.weight.item() == 3.0
+
+
+def test_average_leaves_counters_and_buffers_as_they_are():
+    module, trainer, ema = nn.BatchNorm1d(2), Steps(), EMA(0.9)
+    ema.on_fit_start(trainer, module)
+    for step in range(4):
+        module(torch.randn(8, 2))
+        trainer.global_step = step + 1
+        ema.on_train_batch_end(trainer, module, None, None, step)
+    buffers = {name: value.clone() for name, value in module.named_buffers()}
+    ema.on_validation_epoch_start(trainer, module)
+    assert module.num_batches_tracked == 4
+    assert all(torch.equal(value, buffers[name]) for name, value in module.named_buffers())
+
+
+def test_checkpoint_of_a_module_made_in_python_is_plain(tmp_path):
+    module = tiny(optim=OptimConfig(lr=0.1), schedule=ScheduleConfig(warmup=0))
+    images = torch.utils.data.TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8))
+    trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, logger=False, accelerator="cpu", log_every_n_steps=1)
+    with warnings.catch_warnings():
+        quieten()
+        trainer.fit(module, *[torch.utils.data.DataLoader(images, batch_size=8)] * 2)
+    (path,) = tmp_path.rglob("*.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 1
 
 
 def test_averaging_can_be_switched_off_on_the_way(fitted, tmp_path):

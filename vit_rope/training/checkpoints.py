@@ -105,7 +105,9 @@ def embedded_config(checkpoint: Mapping[str, Any], path: str | Path, modules: li
     for name in _class_paths(config):
         allowed = any(name == known or name.startswith(f"{known}.") for known in trusted(modules))
         if not allowed or name in UNTRUSTED:
-            raise ValueError(f"{path} asks for the class {name}, as no file may; --import its module if you trust it")
+            raise ValueError(
+                f"{path} asks for the class {_some([name])}, as no file may; --import its module if you trust it"
+            )
     return yaml.safe_dump({key: value for key, value in config.items() if key in CONFIG_KEYS}, sort_keys=False)
 
 
