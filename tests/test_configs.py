@@ -15,7 +15,7 @@ from vit_rope.training.cli import main
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
 CLASSIFIERS = [path for path in CONFIGS if yaml.safe_load(path.read_text())["model"]["class_path"] == "Classification"]
-KEYS = {"out", "seed_everything", "model", "data", "trainer", "checkpoint", "ema"}
+KEYS = {"out", "seed_everything", "model", "data", "trainer", "checkpoint", "last", "ema"}
 SMALL = ["--data.batch_size", "4", "--data.workers", "0", "--model.model_args.depth", "1"]
 
 
@@ -52,7 +52,7 @@ def shrink(config: dict, root: Path, monkeypatch: pytest.MonkeyPatch) -> list[st
         case "ImageFolder":
             folders(root)
             sizes = ["--data.img_size", "32", "--model.model_args.embed_dim", "24", "--model.model_args.num_heads", "3"]
-            machine = ["accelerator=cpu", "devices=1", "strategy=auto", "precision=32-true"]
+            machine = ["accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto", "precision=32-true"]
             options = [f"--trainer.{option}" for option in machine]
             return [*SMALL, *sizes, *options, "--data.root", str(root), "--model.compile", "false"]
     return []

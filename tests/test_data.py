@@ -1,19 +1,29 @@
 """Data: fixed honest splits, an order that depends on (seed, epoch) alone, readers that name what is wrong."""
 
 import gzip
+import importlib.util
+import io
+import os
 import re
 import struct
+import tarfile
+import zlib
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import IterableImageDataset
 from torchvision.transforms import v2
 
+from vit_rope.training import timm_data
 from vit_rope.training.batches import Augment, Images, Order
 from vit_rope.training.data import CIFAR, Digits, FashionMNIST, find_idx, hold_out, read_idx
 from vit_rope.training.folder import ImageFolder
+from vit_rope.training.images import MAX_PIXELS, read_image
+from vit_rope.training.timm_data import TimmData
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
@@ -363,3 +373,242 @@ def test_wrong_options(folder):
         ImageFolder(str(folder), crop=2)
     with pytest.raises(ValueError, match="batch_size >= 1 and workers >= 0, got 8 and -1"):
         Digits(batch_size=8, workers=-1)
+
+
+# Images as they come
+
+
+def save(path: Path, mode: str) -> np.ndarray:
+    """A picture of this mode whose RGB pixels are known: dark on the left, bright on the right."""
+    grey = np.zeros((8, 8), np.uint8)
+    grey[:, 4:] = 200
+    rgb = Image.fromarray(np.stack([grey] * 3, axis=-1))
+    match mode:
+        case "I;16":
+            Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+        case "I":
+            Image.fromarray(grey.astype(np.int32) * 257, mode="I").save(path)
+        case "F":
+            Image.fromarray(grey.astype(np.float32)).save(path)
+        case "P transparent":
+            rgb.convert("P").save(path, transparency=rgb.convert("P").getpixel((0, 0)))
+            grey[:, :4] = 255
+        case "RGBA" | "LA":
+            alpha = Image.fromarray((grey > 0).astype(np.uint8) * 255)
+            image = rgb.convert(mode)
+            image.putalpha(alpha)
+            image.save(path)
+            grey[:, :4] = 255  # what is transparent shows white
+        case _:
+            rgb.convert(mode, dither=Image.Dither.NONE).save(path)
+    return grey
+
+
+MODES = [("RGB", "png"), ("L", "png"), ("P", "gif"), ("P transparent", "png"), ("I;16", "png"), ("I;16", "tiff")]
+MODES += [
+    ("F", "tiff"),
+    ("RGBA", "png"),
+    ("RGBA", "webp"),
+    ("LA", "png"),
+    ("CMYK", "jpg"),
+    ("CMYK", "tiff"),
+    ("1", "png"),
+]
+
+
+@pytest.mark.parametrize(("mode", "kind"), MODES, ids=[f"{mode} {kind}" for mode, kind in MODES])
+def test_every_mode_shows_what_it_shows(tmp_path, mode, kind):
+    path = tmp_path / f"image.{kind}"
+    wanted = save(path, mode)
+    image = read_image(path, MAX_PIXELS)
+    assert image.mode == "RGB"
+    assert image.size == (8, 8)
+    found = np.asarray(image).astype(int)
+    bright = 255 if mode == "1" else 200
+    assert abs(found[:, 0] - wanted[0, 0]).max() <= 8
+    assert abs(found[:, 7] - bright).max() <= 8
+
+
+def bomb(path: Path, width: int, height: int) -> None:
+    """A PNG that says it is this large, and is small on the disk."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (9_000, 9_000), (1, 1_000_000)])
+def test_image_bombs_are_refused_by_their_head(tmp_path, size, monkeypatch):
+    path = tmp_path / "bomb.png"
+    bomb(path, *size)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was unpacked"))
+    with pytest.raises(
+        ValueError,
+        match=rf"bomb\.png.*(too large: {size[0]} x {size[1]}, more than max_pixels|DecompressionBomb|exceeds limit)",
+    ):
+        read_image(path, MAX_PIXELS)
+
+
+def test_limit_on_pixels_can_be_set(folder):
+    with pytest.raises(ValueError, match=r"is too large: 40 x 30, more than max_pixels 1000 allows"):
+        next(iter(ImageFolder(str(folder), img_size=16, batch_size=2, workers=0, max_pixels=1000).val_dataloader()))
+    with pytest.raises(ValueError, match=r"max_pixels is above 0 and at most Pillow's \d+, got 0"):
+        ImageFolder(str(folder), max_pixels=0)
+
+
+@pytest.mark.parametrize("augment", ["none", "light", "strong"])
+def test_one_pixel_is_an_image(folder, augment):
+    Image.new("L", (1, 1), 7).save(folder / "train" / "cat" / "0.png")
+    data = ImageFolder(str(folder), img_size=16, batch_size=8, workers=0, augment=augment)
+    assert next(iter(data.train_dataloader()))[0].shape == (8, 3, 16, 16)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_are_left_out_and_counted(folder, workers, caplog):
+    (folder / "train" / "dog" / "2.png").write_bytes(b"")
+    (folder / "train" / "cat" / "1.png").write_bytes(b"no image")
+    data = ImageFolder(str(folder), img_size=16, batch_size=8, workers=workers, on_error="skip")
+    batches = data.train_dataloader()
+    images, labels = next(iter(batches))
+    assert images.shape == (6, 3, 16, 16)
+    assert labels.bincount().tolist() == [3, 3]
+    assert batches.dataset.dataset.skipped == 2
+    if not workers:
+        assert "left out: cannot read the image" in caplog.text
+    for path in folder.rglob("train/*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 8 images of a batch could be read"):
+        next(iter(ImageFolder(str(folder), img_size=16, batch_size=8, workers=0, on_error="skip").train_dataloader()))
+    with pytest.raises(ValueError, match="on_error is stop or skip, got 'maybe'"):
+        ImageFolder(str(folder), on_error="maybe")
+
+
+def test_names_that_are_no_utf8(folder):
+    name = b"\xff\xfe.png"
+    target = os.path.join(os.fsencode(folder / "train" / "dog"), name)
+    os.rename(folder / "train" / "dog" / "2.png", target)
+    data = ImageFolder(str(folder), img_size=16, batch_size=8, workers=0)
+    assert next(iter(data.train_dataloader()))[0].shape[0] == 8
+    with open(target, "wb") as file:
+        file.write(b"broken")
+    with pytest.raises(ValueError, match=r"cannot read the image .*dog/\\xff\\xfe\.png") as caught:
+        next(iter(data.train_dataloader()))
+    str(caught.value).encode()  # any terminal can show it
+
+
+def test_closed_folders_and_files_are_named(folder, monkeypatch):
+    closed = folder / "train" / "dog"
+    walk, opened = os.scandir, Image.open
+
+    def refuse(path="."):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return walk(path)
+
+    with monkeypatch.context() as patch:  # root may look everywhere, so the system's answer is given for it
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(ValueError, match=r"cannot look into the folder .*train/dog: Permission denied"):
+            ImageFolder(str(folder))
+
+    def refuse_file(path, *args):
+        if Path(path).name == "1.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args)
+
+    monkeypatch.setattr(Image, "open", refuse_file)
+    with pytest.raises(ValueError, match=r"cannot read the image .*1\.png: .*Permission denied"):
+        next(iter(ImageFolder(str(folder), img_size=16, batch_size=8, workers=0).train_dataloader()))
+
+
+# What timm reads
+
+
+# timm leaves the tar files open that it reads
+timms_files = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def tars(folder):
+    for split, name in (("train", "train"), ("val", "validation")):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            tar.add(folder / split, arcname=split)
+    return folder
+
+
+@timms_files
+def test_tar_files_are_a_set(tars):
+    data = TimmData(2, root=str(tars), img_size=16, batch_size=8, workers=1)
+    direct = ImageFolder(str(tars), img_size=16, batch_size=8, workers=0)
+    images, labels = next(iter(data.val_dataloader()))
+    torch.testing.assert_close(images, next(iter(direct.val_dataloader()))[0])
+    assert labels.tolist() == [0, 0, 1, 1]
+    assert next(iter(data.train_dataloader()))[1].bincount().tolist() == [4, 4]
+    with pytest.raises(ValueError, match=r"the label of .*\.png is 1, but num_classes is 1"):
+        next(iter(TimmData(1, root=str(tars), img_size=16, batch_size=8, workers=0).train_dataloader()))
+    with pytest.raises(ValueError, match=r"no file .*nowhere/train\.tar: TimmData without a name wants ROOT/SPLIT"):
+        TimmData(2, root="nowhere")
+
+
+@timms_files
+def test_broken_image_in_a_tar_is_named(tars):
+    (tars / "train" / "dog" / "2.png").write_bytes(b"broken")
+    with tarfile.open(tars / "train.tar", "w") as tar:
+        tar.add(tars / "train", arcname="train")
+    options = {"root": str(tars), "img_size": 16, "batch_size": 8, "workers": 0}
+    with pytest.raises(ValueError, match=r"cannot read the image train/dog/2\.png"):
+        next(iter(TimmData(2, **options).train_dataloader()))
+    assert len(next(iter(TimmData(2, **options, on_error="skip").train_dataloader()))[0]) == 7
+
+
+@timms_files
+@pytest.mark.parametrize("name", ["../../cat/evil.png", "/etc/cat/evil.png"])
+def test_names_that_lead_out_of_an_archive(tars, name):
+    with tarfile.open(tars / "train.tar", "w") as tar:
+        tar.add(tars / "train" / "cat" / "0.png", arcname="cat/0.png")
+        member = tarfile.TarInfo(name)
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+    with pytest.raises(ValueError, match=rf"train\.tar holds the name {re.escape(name)}, which leads out of it"):
+        TimmData(2, root=str(tars), img_size=16, batch_size=1, workers=0).train_dataloader()
+
+
+class Reader:
+    """One of timm's readers of streams."""
+
+    def __iter__(self):
+        yield from ((Image.new("RGB", (20, 20)), label) for label in (0, 1, 0, 1, 1))
+
+    def __len__(self):
+        return 5
+
+    epochs: ClassVar[list[int]] = []
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+
+def test_streams_and_names_go_to_timm_as_they_are(monkeypatch):
+    calls = []
+
+    def create(name, **options):
+        calls.append((name, options))
+        return IterableImageDataset(options["root"], reader=Reader())
+
+    monkeypatch.setattr(timm_data, "create_dataset", create)
+    data = TimmData(2, "wds/mine", root="x", train_split="a-{0..3}.tar", img_size=16, batch_size=2, workers=0)
+    batches = data.train_dataloader()
+    assert [labels.tolist() for _, labels in batches] == [[0, 1], [0, 1]]
+    assert [images.shape for images, _ in batches] == [(2, 3, 16, 16)] * 2
+    assert Reader.epochs == [0, 1]
+    assert calls[0][0] == "wds/mine"
+    assert calls[0][1]["split"] == "a-{0..3}.tar"
+    assert "trust_remote_code" not in calls[0][1]  # timm's default is not to
+    assert [len(labels) for _, labels in data.val_dataloader()] == [2, 2, 1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the package is installed")
+def test_missing_package_is_named():
+    with pytest.raises(ValueError, match=r"^hfds/x/y needs a package that is not installed: .*datasets"):
+        TimmData(2, "hfds/x/y", batch_size=1).train_dataloader()

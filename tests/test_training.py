@@ -7,20 +7,22 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from vit_rope.training import callbacks
+from vit_rope.training import progress
 from vit_rope.training.callbacks import EMA
 from vit_rope.training.classification import Classification
-from vit_rope.training.cli import main
+from vit_rope.training.cli import main, quieten
 from vit_rope.training.logger import MetricsLogger
 from vit_rope.training.optim import OptimConfig, ScheduleConfig, make_optimizer, make_schedule, schedule_curve
 
@@ -80,9 +82,10 @@ def fitted(config, tmp_path_factory):
 
 def test_one_folder_keeps_the_run(fitted):
     folder, _ = fitted
-    assert sorted(p.name for p in folder.iterdir()) == [
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
         "checkpoints", "config.yaml", "exported", "metrics.jsonl", "summary.json",
     ]  # fmt: skip
+    assert (folder / ".lock").is_file()
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert load(folder, "last")["epoch"] == 1
     for name in ("summary.json", "config.yaml"):
@@ -338,7 +341,7 @@ def test_checkpoint_may_not_name_any_class(fitted, tmp_path):
     config = yaml.safe_load(checkpoint["config"])
     config["data"] = {"class_path": "subprocess.Popen", "init_args": {"args": ["true"]}}
     torch.save({**checkpoint, "config": yaml.safe_dump(config)}, tmp_path / "bad.ckpt")
-    with pytest.raises(ValueError, match=r"asks for the class subprocess\.Popen; give --config"):
+    with pytest.raises(ValueError, match=r"asks for the class subprocess\.Popen, as no file may"):
         run("validate", "--ckpt_path", tmp_path / "bad.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
     with pytest.raises(ValueError, match="carries no configuration; give --config too"):
@@ -393,11 +396,9 @@ def test_convolutional_models_need_no_image_size():
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary"])
 @pytest.mark.parametrize("count", [6, 5])
-def test_mixed_batches_train_also_when_odd(monkeypatch, loss, count):
+def test_mixed_batches_train_also_when_odd(loss, count):
     module = tiny(mixup=0.5, cutmix=1.0, loss=loss)
-    monkeypatch.setattr(module, "log_dict", lambda scores: None)
-    module.trainer = type("T", (), {"optimizers": [make_optimizer(module.model, OptimConfig())]})()
-    value = module.training_step((torch.randn(count, 1, 8, 8), torch.arange(count)), 0)
+    value = module.loss((torch.randn(count, 1, 8, 8), torch.arange(count)), 0)
     value.backward()
     assert torch.isfinite(value)
     assert all(p.grad is not None for p in module.parameters())
@@ -439,7 +440,7 @@ def test_options_train(config, tmp_path, args):
 
 def test_terminal_shows_loss_accuracy_speed_and_time_left(config, tmp_path, monkeypatch):
     said = io.StringIO()
-    monkeypatch.setattr(callbacks, "Console", lambda **_: Console(file=said, force_terminal=True, width=80))
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=said, force_terminal=True, width=80))
     run("fit", "--config", config, "--out", tmp_path / "r", "--trainer.limit_train_batches", 10)
     run("validate", "--ckpt_path", tmp_path / "r")
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.getvalue())
@@ -526,6 +527,30 @@ def test_average_leaves_an_untrained_model_alone():
         module.weight.fill_(3.0)
     ema.on_validation_epoch_start(Steps(), module)
     assert module.weight.item() == 3.0
+
+
+def test_average_leaves_counters_and_buffers_as_they_are():
+    module, trainer, ema = nn.BatchNorm1d(2), Steps(), EMA(0.9)
+    ema.on_fit_start(trainer, module)
+    for step in range(4):
+        module(torch.randn(8, 2))
+        trainer.global_step = step + 1
+        ema.on_train_batch_end(trainer, module, None, None, step)
+    buffers = {name: value.clone() for name, value in module.named_buffers()}
+    ema.on_validation_epoch_start(trainer, module)
+    assert module.num_batches_tracked == 4
+    assert all(torch.equal(value, buffers[name]) for name, value in module.named_buffers())
+
+
+def test_checkpoint_of_a_module_made_in_python_is_plain(tmp_path):
+    module = tiny(optim=OptimConfig(lr=0.1), schedule=ScheduleConfig(warmup=0))
+    images = torch.utils.data.TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8))
+    trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, logger=False, accelerator="cpu", log_every_n_steps=1)
+    with warnings.catch_warnings():
+        quieten()
+        trainer.fit(module, *[torch.utils.data.DataLoader(images, batch_size=8)] * 2)
+    (path,) = tmp_path.rglob("*.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 1
 
 
 def test_averaging_can_be_switched_off_on_the_way(fitted, tmp_path):

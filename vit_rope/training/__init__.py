@@ -15,6 +15,7 @@ _HOMES = {
     "EMA": "callbacks",
     "OptimConfig": "optim",
     "ScheduleConfig": "optim",
+    "TimmData": "timm_data",
     "main": "cli",
 }
 
@@ -28,6 +29,7 @@ __all__ = [
     "ImageFolder",
     "OptimConfig",
     "ScheduleConfig",
+    "TimmData",
     "main",
 ]
 

@@ -1,9 +1,15 @@
-"""From images to batches: an order that (seed, epoch) decides alone, random changes a batch at a time, a loader."""
+"""From images to batches: order and random changes that (seed, epoch, place) decide alone, a loader that goes on.
+
+What is random about an image has a seed of its own, drawn with the order of the epoch. So the batches of an epoch are
+the same whatever happened before, with any number of workers, and from any batch on.
+"""
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,16 +18,31 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 Split = tuple[Tensor, Tensor]  # images (N, C, H, W) uint8, labels (N,) int64
 
 
+class Pick(int):
+    """An index that brings along the seed of what is random about its image."""
+
+    seed: int
+
+    def __new__(cls, index: int, seed: int) -> "Pick":
+        pick = super().__new__(cls, index)
+        pick.seed = seed
+        return pick
+
+    def __reduce__(self) -> tuple[type, tuple[int, int]]:
+        return Pick, (int(self), self.seed)
+
+
 class Order(Sampler[int]):
     """One process's share of an epoch's indices, shuffled by (seed, epoch) or in file order.
 
     Shuffled shares are of equal length (a few indices come twice); others are disjoint. With `repeats`, each image
-    of an epoch comes that many times and the epoch keeps its length (arXiv:1902.05509).
+    of an epoch comes that many times and the epoch keeps its length (arXiv:1902.05509). `start` passes over the first
+    indices of this process, for an epoch that was begun already.
     """
 
     def __init__(self, length: int, shuffle: bool, rank: int = 0, world: int = 1, repeats: int = 1):
         self.length, self.shuffle, self.rank, self.world, self.repeats = length, shuffle, rank, world, repeats
-        self.seed, self.epoch = torch.initial_seed(), 0
+        self.seed, self.epoch, self.start = torch.initial_seed(), 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
@@ -31,12 +52,49 @@ class Order(Sampler[int]):
         return math.ceil(self.length / self.world) if self.shuffle else len(range(self.rank, self.length, self.world))
 
     def __iter__(self) -> Iterator[int]:
+        return iter(self.indices()[self.start :])
+
+    def indices(self) -> Sequence[int]:
+        """This process's indices of the whole epoch."""
         if not self.shuffle:
-            return iter(range(self.rank, self.length, self.world))
+            return list(range(self.rank, self.length, self.world))
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(self.length, generator=generator).repeat_interleave(self.repeats).tolist()
-        order += order[: self.world]
-        return iter(order[self.rank :: self.world][: len(self)])
+        order = torch.randperm(self.length, generator=generator).repeat_interleave(self.repeats)
+        order = torch.cat((order, order[: self.world]))
+        seeds = torch.randint(2**62, (len(order),), generator=generator)
+        mine = slice(self.rank, None, self.world)
+        picks = zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)
+        return [Pick(index, seed) for index, seed in picks][: len(self)]
+
+
+class Seeded(Dataset[Any]):
+    """A dataset whose random changes follow from the seeds that come with the indices, in whatever process."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(index, Pick):
+            reseed(index.seed)
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        if not hasattr(self.dataset, "__getitems__"):
+            return [self[index] for index in indices]
+        if isinstance(indices[0], Pick):
+            reseed(indices[0].seed)
+        return self.dataset.__getitems__(indices)
+
+
+def reseed(*numbers: int) -> None:
+    """Let what is drawn next, by torch, numpy or Python, follow from these numbers alone."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - which timm's Mixup draws from
+    random.seed(seed)
 
 
 class Augment(nn.Module):
@@ -125,17 +183,44 @@ class Images(Dataset[Any]):
         return images if self.batch is None else self.batch(images), self.labels[chosen]
 
 
+class Loader(DataLoader[Any]):
+    """A DataLoader that can go on within an epoch: its state says how many batches of which epoch were drawn."""
+
+    drawn: tuple[int, int] = (-1, 0)  # epoch, batches
+    resumed: tuple[int, int] = (-1, 0)
+
+    def __iter__(self) -> Any:
+        epoch, skip = max(self.drawn[0] + 1, self.resumed[0]), 0
+        if isinstance(self.sampler, Order):  # the generator starts with the first batch, when Lightning has set this
+            epoch = self.sampler.epoch
+            skip = self.resumed[1] if self.resumed[0] == epoch else 0
+            self.sampler.start = skip * (self.batch_size or 1)
+        elif hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)  # a stream of timm's
+        for number, batch in enumerate(super().__iter__(), start=skip + 1):
+            self.drawn = (epoch, number)
+            yield batch
+        self.resumed = (-1, 0)
+
+    def state_dict(self) -> dict[str, int]:
+        """Lightning keeps it in a checkpoint, as it does for every loader that has one."""
+        return {"epoch": self.drawn[0], "batches": self.drawn[1]}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.resumed = (state["epoch"], state["batches"])
+
+
 def loader(
     images: Any, split: str, batch_size: int, workers: int, trainer: Any, repeats: int = 1, **options: Any
-) -> DataLoader[Any]:
-    """A DataLoader over this process's share: shuffled, in whole batches for `train`, else everything in order."""
+) -> Loader:
+    """A loader of this process's share: shuffled, in whole batches for `train`, else everything in order."""
     rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
     train = split == "train"
     order = Order(len(images), train, rank, world, repeats)
     if train and len(order) < batch_size:
         raise ValueError(f"batch_size {batch_size} is more than the {len(order)} training images of each process")
-    return DataLoader(
-        dataset=images,
+    return Loader(
+        dataset=Seeded(images),
         batch_size=batch_size,
         sampler=order,
         drop_last=train,

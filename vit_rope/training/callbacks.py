@@ -1,18 +1,33 @@
-"""What happens around the steps: an average of the weights, checkpoints to go on from, and a line of progress."""
+"""What happens around the steps: seeds that make a run repeatable, and an average of the weights."""
 
-import time
-from collections import deque
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Column
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from .batches import reseed
+
+
+class Reseed(Callback):
+    """Let what is random within a step (dropout, mixup, noise) follow from (seed, epoch, batch, process) alone.
+
+    A run that goes on from a checkpoint then draws what it would have drawn, and no state of a generator is kept. It
+    goes on with the batch that would have come next.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seed = torch.initial_seed()
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Hand the loader its state: Lightning has none yet when the schedule makes it count the batches (2.6)."""
+        trainer.fit_loop._load_combined_loader_states()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        reseed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
 
 
 class EMA(Callback):
@@ -33,8 +48,7 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.decay:
-            restored = self.average
-            self.average = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+            restored, self.average = self.average, _copies(pl_module)
             for name, value in restored.items():
                 self.average[name].copy_(value)
 
@@ -45,7 +59,7 @@ class EMA(Callback):
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
             self.updates = trainer.global_step
             with torch.no_grad():
-                average, current = list(self.average.values()), [p.detach() for p in pl_module.parameters()]
+                average, current = map(_of_this_process, (self.average.values(), pl_module.parameters()))
                 torch._foreach_lerp_(average, current, 1 - decay)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,15 +70,17 @@ class EMA(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.average:
-            state = checkpoint["state_dict"]
-            checkpoint["weights_in_training"] = {name: state[name] for name in self.average}
-            checkpoint["state_dict"] = {**state, **self.average}
+            whole = {name: _whole(value) for name, value in self.average.items()}  # all processes take part in this
+            if state := checkpoint["state_dict"]:  # and the first one saves, where parameters are in shards
+                checkpoint["weights_in_training"] = {name: state[name] for name in whole}
+                checkpoint["state_dict"] = {**state, **whole}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """By now the module holds the average: keep it, and go on from the weights in training."""
         weights = checkpoint.get("weights_in_training")
         if weights is not None and trainer.state.fn == "fit":
-            self.average = {name: checkpoint["state_dict"][name].clone() for name in weights} if self.decay else {}
-            pl_module.load_state_dict({**checkpoint["state_dict"], **weights})
+            self.average = _copies(pl_module) if self.decay else {}
+            set_model_state_dict(pl_module, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates}
@@ -82,139 +98,14 @@ class EMA(Callback):
                     self.average[name].copy_(kept)
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """checkpoints/last.ckpt after every epoch; ModelCheckpoint's own `save_last` stays behind with the best one."""
-
-    def __init__(self, out: str):
-        super().__init__(Path(out, "checkpoints"), "last", enable_version_counter=False, save_on_train_epoch_end=True)
+def _copies(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-class ProgressLine(ProgressBar):
-    """One bar for the whole run on a terminal, one line an epoch elsewhere: loss, accuracy, images/s, time left.
-
-    Logs `train/images_per_s` of each epoch.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.console = Console(stderr=True)
-        self.bar: Progress | None = None
-        self.task = TaskID(0)
-        self.on = True
-        self.shown: dict[str, float] = {}
-        self.total: int | None = None
-        self.batches, self.images, self.started, self.epoch_started = 0, 0, 0.0, 0.0
-        self.recent: deque[tuple[float, int]] = deque(maxlen=50)
-
-    def enable(self) -> None:
-        self.on = True
-
-    def disable(self) -> None:
-        self.on = False
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = time.monotonic()
-        parameters = sum(p.numel() for p in pl_module.parameters()) / 1e6
-        if self.on:
-            name = getattr(pl_module, "name", type(pl_module).__name__)
-            steps = trainer.num_training_batches
-            text = f"{name}: {parameters:.2f} M parameters on {pl_module.device}, {steps} batches an epoch"
-            self.console.print(text, highlight=False, soft_wrap=True)
-        steps = trainer.estimated_stepping_batches
-        if steps != float("inf"):
-            self.total = max(1, (int(steps) - trainer.global_step) * trainer.accumulate_grad_batches)
-        self._open(self.total)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.images, self.epoch_started = 0, time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        size = len(batch[0] if isinstance(batch, (list, tuple)) else batch) * trainer.world_size
-        self.batches, self.images = self.batches + 1, self.images + size
-        self.recent.append((time.monotonic(), size))
-        if self.bar is not None and self.batches % 5 == 0:
-            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-            self.shown["loss"] = float(loss)
-            (then, skipped), (now, _) = self.recent[0], self.recent[-1]
-            speed = (sum(n for _, n in self.recent) - skipped) / max(now - then, 1e-9)
-            self.bar.update(self.task, completed=self.batches, text=self._text(trainer, speed))
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # the clock still runs over validation, so that the time left is honest; the speed is the training's alone
-        speed = self.images / max(self.recent[-1][0] - self.epoch_started, 1e-9) if self.recent else 0.0
-        pl_module.log("train/images_per_s", speed, sync_dist=True)
-        for name in ("train/loss", "val/loss", "val/acc"):
-            if name in trainer.callback_metrics:
-                self.shown[name.replace("train/", "")] = float(trainer.callback_metrics[name])
-        text = self._text(trainer, speed)
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.batches, text=text)
-        elif self.on:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if self.bar is not None and trainer.state.fn == "fit":
-            self.bar.update(self.task, text=f"epoch {trainer.current_epoch + 1}  validating, batch {batch_idx + 1}")
-        elif self.bar is not None:
-            total = sum(trainer.num_val_batches if trainer.state.fn == "validate" else trainer.num_test_batches)
-            self.bar.update(self.task, completed=batch_idx + 1, total=total, text=f"batch {batch_idx + 1} of {total}")
-
-    on_test_batch_end = on_validation_batch_end
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            self._open(None)
-
-    on_test_start = on_validation_start
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            self._close()
-
-    on_test_end = on_validation_end
-
-    def _open(self, total: int | None) -> None:
-        if self.on and self.console.is_terminal:
-            text = TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}", table_column=Column(no_wrap=True))
-            self.bar = Progress(text, BarColumn(None), console=self.console, expand=True, refresh_per_second=4)
-            self.task = self.bar.add_task("", total=total, text="starting")
-            self.bar.start()
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-    def _text(self, trainer: Trainer, speed: float) -> str:
-        shown = dict(self.shown)
-        if self.bar is not None and "val/acc" in shown:
-            shown.pop("val/loss", None)  # a terminal is 80 characters wide
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-        last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-        text = f"epoch {trainer.current_epoch + 1}{last}  {numbers}  {speed:,.0f} images/s"
-        if self.total and self.batches:
-            left = (time.monotonic() - self.started) / self.batches * max(0, self.total - self.batches)
-            text += f"  {_clock(left)} left"
-        return text
+def _of_this_process(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors, or the shards that this process has of them."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in (t.detach() for t in tensors)]
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor

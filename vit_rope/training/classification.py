@@ -1,14 +1,12 @@
 """Train any timm model to tell classes apart."""
 
 import json
-import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
-from lightning.pytorch import LightningModule
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor, nn
@@ -16,14 +14,16 @@ from torch.nn import functional as F
 
 import vit_rope  # noqa: F401 - registers its models with timm
 
-from .checkpoints import check_fit, load_weights
-from .optim import OptimConfig, ScheduleConfig, make_optimizer, make_schedule
+from .checkpoints import load_weights, one_line
+from .learner import Learner, NonFinite
+from .optim import OptimConfig, ScheduleConfig
+from .saving import replacing
 
 OPTIM, SCHEDULE = OptimConfig(), ScheduleConfig()
 
 
-class Classification(LightningModule):
-    """A timm model, how it learns and how it is scored: logs `train/loss`, `val/loss`, `val/acc`, `test/acc`.
+class Classification(Learner):
+    """A timm model, how it learns and how it is scored: logs `val/loss`, `val/acc`, `test/loss` and `test/acc`.
 
     Args:
         model: any timm model name; a position scheme goes into `model_args`, as for `timm.create_model`
@@ -37,6 +37,7 @@ class Classification(LightningModule):
         label_smoothing: share of the target that is spread over all classes
         loss: cross entropy, or a binary one for each class (as DeiT III, arXiv:2204.07118)
         compile: run the model through torch.compile
+        nonfinite: what a batch with a loss that is nan or infinite does: stop the run, be skipped, or (ignore) nothing
         optim: optimizer, learning rate, weight and layer decay
         schedule: warm-up and course of the learning rate
     """
@@ -54,10 +55,11 @@ class Classification(LightningModule):
         label_smoothing: float = 0.0,
         loss: Literal["cross_entropy", "binary"] = "cross_entropy",
         compile: bool = False,
+        nonfinite: NonFinite = "stop",
         optim: OptimConfig = OPTIM,
         schedule: ScheduleConfig = SCHEDULE,
     ):
-        super().__init__()
+        super().__init__(model, optim, schedule, nonfinite)
         if min(mixup, cutmix, label_smoothing) < 0 or label_smoothing >= 1:
             raise ValueError(
                 "Classification wants mixup >= 0, cutmix >= 0 and 0 <= label_smoothing < 1, "
@@ -67,8 +69,7 @@ class Classification(LightningModule):
             raise ValueError("the binary loss counts each class of a target as present, so label_smoothing must be 0")
         if num_classes < 2:
             raise ValueError(f"Classification needs at least 2 classes to tell apart, the data have {num_classes}")
-        self.name, self.binary, self.label_smoothing = model, loss == "binary", label_smoothing
-        self.optim, self.schedule = optim, schedule
+        self.binary, self.label_smoothing = loss == "binary", label_smoothing
         self.model, self.model_args = create(model, model_args or {}, num_classes, in_chans, img_size)
         self.img_size = self.model_args.get("img_size", img_size)
         if weights:
@@ -83,7 +84,7 @@ class Classification(LightningModule):
         """Logits (B, num_classes) of images (B, in_chans, H, W)."""
         return self.model(images)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = self._check(batch)
         if self.mixup is not None and len(images) % 2 == 0:
             images, targets = self.mixup(images, labels)
@@ -91,28 +92,14 @@ class Classification(LightningModule):
             targets = mixup_target(labels, self.model_args["num_classes"], smoothing=self.label_smoothing)
         logits = self(images).float()
         if self.binary:
-            loss = F.binary_cross_entropy_with_logits(logits, targets.gt(0.0).float())
-        else:
-            loss = F.cross_entropy(logits, targets)
-        rate = max(group["lr"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
-        self.log_dict({"train/loss": loss, "train/lr": rate})
-        return loss
+            return F.binary_cross_entropy_with_logits(logits, targets.gt(0.0).float())
+        return F.cross_entropy(logits, targets)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._score(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._score(batch, "test")
-
-    def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.model, self.optim)
-        schedule = make_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches, self.optim.lr)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        if strict:
-            check_fit(self, state_dict, self.name)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def export(self, folder: Path, state_dict: dict[str, Tensor], extra: dict[str, Any]) -> Path:
         """Write model.safetensors and config.json, for timm's `create_model("local-dir:FOLDER", pretrained=True)`.
@@ -126,9 +113,12 @@ class Classification(LightningModule):
         facts |= {"num_classes": self.model_args["num_classes"], "input_size": [self.model_args["in_chans"], *sides]}
         config = {"architecture": self.name, "model_args": self.model_args, "pretrained_cfg": facts | extra}
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(weights, folder / "model.tmp", metadata={"format": "pt"})
-        os.replace(folder / "model.tmp", folder / "model.safetensors")  # whole or not at all
+        for name, content in (
+            ("config.json", json.dumps(config, indent=2) + "\n"),
+            ("model.safetensors", save(weights)),
+        ):
+            with replacing(folder / name) as file:
+                file.write(content if isinstance(content, bytes) else content.encode())
         return folder / "model.safetensors"
 
     def _check(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -160,9 +150,12 @@ def create(
     args = given | args
     try:
         return timm.create_model(name, **args), args
-    except TypeError as error:
-        if "'img_size'" not in str(error):
-            raise TypeError(f"{name} with {args}: {error}") from error
+    except ValueError:
+        raise  # in words of our own, mostly
+    except Exception as error:  # a model's constructor raises about anything at arguments that it does not expect
+        if not isinstance(error, TypeError) or "'img_size'" not in str(error):
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name} with {args}: {one_line(error)}") from error
     del args["img_size"]  # a convolutional network, which takes images of any size
     return timm.create_model(name, **args), args
 

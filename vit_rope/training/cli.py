@@ -12,18 +12,31 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from . import checkpoints
-from .callbacks import EMA, LastCheckpoint, ProgressLine
+from .callbacks import EMA, Reseed
 from .classification import Classification, check_name
 from .data import CIFAR, Digits, FashionMNIST
 from .diffusion import Diffusion
 from .folder import ImageFolder
+from .last import LastCheckpoint
 from .logger import MetricsLogger
-from .run import RunFolder, occupied
+from .progress import ProgressLine
+from .run import RunFolder, check_free
+from .saving import AtomicIO
+from .timm_data import TimmData
 
-CLASSES = (Classification, Diffusion, Digits, FashionMNIST, CIFAR, ImageFolder)  # imported: known by short names
+CLASSES = (
+    Classification,
+    Diffusion,
+    Digits,
+    FashionMNIST,
+    CIFAR,
+    ImageFolder,
+    TimmData,
+)  # imported: known by short names
 
 
 class CLI(LightningCLI):
@@ -31,6 +44,7 @@ class CLI(LightningCLI):
 
     def __init__(self, args: list[str], modules: list[str]):
         self.modules = modules
+        checkpoints.guard(modules)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -61,8 +75,10 @@ class CLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
             }
         )
+        parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(EMA, "ema")
-        parser.link_arguments("out", "checkpoint.dirpath", compute_fn=_checkpoints)
+        for key in ("checkpoint", "last"):
+            parser.link_arguments("out", f"{key}.dirpath", compute_fn=_checkpoints)
         for fact in ("num_classes", "in_chans", "img_size"):
             parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
 
@@ -89,16 +105,19 @@ class CLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         if issubclass(_class(config.model.class_path), Classification):
             check_name(config.model.init_args.model)
-        if self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
+        first = getattr(rank_zero_only, "rank", 0) == 0
+        if first and self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
             check_free(Path(config.out), config.ckpt_path)
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            if error.__cause__ is None or not str(error).startswith("Does not validate against any of the Union"):
-                raise
-            raise error.__cause__ from None  # what the class said, without jsonargparse's account of where it asked
+        except Exception as error:
+            said: BaseException = error
+            if error.__cause__ is not None and str(error).startswith("Does not validate against any of the Union"):
+                said = error.__cause__  # what the class said, without jsonargparse's account of where it asked
+            kinds = [kind for kind in (FileNotFoundError, OSError, TypeError) if isinstance(said, kind)]
+            raise (kinds or [ValueError])[0](checkpoints.one_line(said)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given: Any = self.config_init[str(self.subcommand)]
@@ -107,11 +126,17 @@ class CLI(LightningCLI):
             asked = [] if config.logger in (None, True) else config.logger
             loggers = asked if isinstance(asked, list) else [asked]
             kwargs["logger"] = [MetricsLogger(out, str(self.subcommand)), *loggers]
-        callbacks: list[Callback] = [LastCheckpoint(out)]
+        plugins = config.plugins or []
+        kwargs["plugins"] = [AtomicIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+        callbacks: list[Callback] = [Reseed()]
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressLine())
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        if getattr(self.trainer.strategy, "_save_distributed_checkpoint", False):
+            raise ValueError("set save_distributed_checkpoint: false of the strategy: a checkpoint is one file here")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
@@ -134,11 +159,18 @@ def main(args: list[str] | None = None) -> None:
         argv = list(sys.argv[1:] if args is None else args)
         try:
             CLI(*take_imports(argv))
-        except (ValueError, TypeError, FileNotFoundError) as error:
-            raiser = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-            if args is not None or not raiser.is_relative_to(Path(__file__).parents[1]):
+        except (ValueError, TypeError, OSError, OverflowError, MisconfigurationException) as error:
+            if args is not None or not says_all(error):
                 raise
-            sys.exit(f"error: {error}")  # a message of this library tells the user all; a traceback would hide it
+            rank = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
+            sys.exit(f"error{rank}: {checkpoints.one_line(error)}")
+
+
+def says_all(error: Exception) -> bool:
+    """Whether a traceback would only hide the message: an error of this library, or of settings, before any step."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+    return ours or all(frame.name != "_run_stage" for frame in frames)
 
 
 def take_imports(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -173,16 +205,6 @@ def with_checkpoint(argv: list[str], modules: list[str]) -> list[str]:
     return [argv[0], "--config", config, *moved, *argv[1:]]
 
 
-def check_free(out: Path, ckpt_path: str | None) -> None:
-    """Raise a ValueError where `out` holds a run that this one does not go on with (the first process looks)."""
-    resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(out.resolve())
-    if getattr(rank_zero_only, "rank", 0) == 0 and not resumes and (found := occupied(out)):
-        raise ValueError(
-            f"{out} already holds a run ({', '.join(found)}): go on with --ckpt_path last, "
-            "replace it with --overwrite true, or choose another --out"
-        )
-
-
 @rank_zero_only
 def say_scores(trainer: Any) -> None:
     """Print the scores of validate or test, the accuracy last."""
@@ -201,6 +223,7 @@ def quieten() -> None:
         r"The number of training batches \(\d+\) is smaller than the logging interval",
         r"The dirpath has changed from",  # the folder was moved
         r"Checkpoint directory .* exists and is not empty",  # a resumed run, or checked by us
+        r"`training_step` returned `None`",  # a batch that was left out, of which we tell ourselves
         r"Found .* module\(s\) in eval mode",
     ):
         warnings.filterwarnings("ignore", message=message)

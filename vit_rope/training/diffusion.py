@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from .. import sampling
 from ..positions import Position
-from .checkpoints import check_fit
-from .optim import OptimConfig, ScheduleConfig, make_optimizer, make_schedule
+from .checkpoints import one_line
+from .learner import Learner, NonFinite
+from .optim import OptimConfig, ScheduleConfig
 
 OPTIM, SCHEDULE = OptimConfig(weight_decay=0.0), ScheduleConfig()
 MODELS = ("RopeUNet2DModel", "RopeDiT")
@@ -20,8 +20,8 @@ PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon", "sample": "sample"}
 LEVELS = 10  # parts of the noise schedule for which the loss is logged
 
 
-class Diffusion(LightningModule):
-    """A denoiser, what it predicts and how it learns: logs `train/loss`, `val/loss` and `val/loss_t000` and so on.
+class Diffusion(Learner):
+    """A denoiser, what it predicts and how it learns: logs `val/loss` and `val/loss_t000` and so on.
 
     The validation loss is the plain squared error of the prediction, under the same noise every time; `val/loss_t000`
     is that of the least noisy tenth of the steps. Losses of different predictions do not compare.
@@ -43,6 +43,7 @@ class Diffusion(LightningModule):
         sample_steps: steps of its sampler
         sample_scheduler: any sampler of `vit-rope sample`
         compile: run the model through torch.compile
+        nonfinite: what a batch with a loss that is nan or infinite does: stop the run, be skipped, or (ignore) nothing
         optim: optimizer, learning rate, weight and layer decay
         schedule: warm-up and course of the learning rate
     """
@@ -65,10 +66,11 @@ class Diffusion(LightningModule):
         sample_steps: int = 50,
         sample_scheduler: str = "ddim",
         compile: bool = False,
+        nonfinite: NonFinite = "stop",
         optim: OptimConfig = OPTIM,
         schedule: ScheduleConfig = SCHEDULE,
     ):
-        super().__init__()
+        super().__init__(model, optim, schedule, nonfinite)
         if not 0 <= label_dropout < 1 or snr_gamma < 0 or min(sample_every, sample_count - 1, sample_steps - 1) < 0:
             raise ValueError(
                 "Diffusion wants 0 <= label_dropout < 1, snr_gamma and sample_every >= 0, sample_count and "
@@ -81,9 +83,9 @@ class Diffusion(LightningModule):
         self.null_label = num_classes if conditional and label_dropout else None
         labels = self.classes + (self.null_label is not None) or None
         facts = {"in_channels": in_chans, "out_channels": in_chans, "sample_size": img_size, "num_class_embeds": labels}
-        self.name, self.model = model, create(model, model_args or {}, facts)
+        self.model = create(model, model_args or {}, facts)
         self.trained = sampling.Trained(self.model, self.noise, self.classes, self.null_label)
-        self.label_dropout, self.snr_gamma, self.optim, self.schedule = label_dropout, snr_gamma, optim, schedule
+        self.label_dropout, self.snr_gamma = label_dropout, snr_gamma
         self.sample_every, self.sample_count = sample_every, sample_count
         self.sample_steps, self.sample_scheduler = sample_steps, sample_scheduler
         sampling.check(self.trained, sample_scheduler, sample_steps, self.trained.size, self._sample_labels())
@@ -94,9 +96,9 @@ class Diffusion(LightningModule):
         """Predictions (B, C, H, W) for noisy images (B, C, H, W) at times (B,)."""
         return self.model(noisy, time, *(() if labels is None else (labels,))).sample
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = self._check(batch, batch_idx)
-        # of (seed, epoch, batch) alone: a resumed run goes on as it would have, and all models see the same noise
+        # of the step's seed alone, so that all models see the same noise, whatever else they draw
         generator = self._generator(torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)
         time = torch.randint(len(self.noise.betas), (len(images),), generator=generator, device=self.device)
         noise = torch.randn(images.shape, generator=generator, device=self.device)
@@ -106,10 +108,7 @@ class Diffusion(LightningModule):
         errors = self._errors(images, noise, time, labels)
         if self.snr_gamma:
             errors = errors * snr_weight(self.noise, time, self.snr_gamma)
-        loss = errors.mean()
-        rate = max(group["lr"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
-        self.log_dict({"train/loss": loss, "train/lr": rate})
-        return loss
+        return errors.mean()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._score(batch, batch_idx, "val")
@@ -120,10 +119,8 @@ class Diffusion(LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._score(batch, batch_idx, "test")
 
-    def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self, self.optim)
-        schedule = make_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches, self.optim.lr)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def learning(self) -> nn.Module:
+        return self
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone: what positions learn, and what labels mean."""
@@ -133,15 +130,11 @@ class Diffusion(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["denoiser"] = sampling.describe(self.trained)
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        if strict:
-            check_fit(self, state_dict, self.name)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
     def export(self, folder: Path, state_dict: dict[str, Tensor], extra: dict[str, Any]) -> Path:
         """Write a diffusers pipeline's folder with the weights of this `state_dict`."""
-        self.load_state_dict(state_dict)
-        sampling.save(self.trained, folder)
+        model = type(self.model).from_config(self.model.config)  # this one may lie in shards by now
+        model.load_state_dict({key.removeprefix("model."): value for key, value in state_dict.items()})
+        sampling.save(self.trained._replace(unet=model), folder)
         return folder
 
     def _check(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor | None]:
@@ -227,7 +220,12 @@ def create(name: str, args: dict[str, Any], facts: dict[str, Any]) -> Any:
         if key not in known:
             near = get_close_matches(key, known, n=3) or known
             raise TypeError(f"{name} has no argument {key!r}; did you mean {', '.join(near)}?")
-    return cls(**args, **facts)
+    try:
+        return cls(**args, **facts)
+    except (ValueError, TypeError):
+        raise  # in words of our own or diffusers'
+    except Exception as error:  # a model's constructor raises about anything at arguments that it does not expect
+        raise ValueError(f"{name} with {args}: {one_line(error)}") from error
 
 
 def make_target(noise: Any, images: Tensor, drawn: Tensor, time: Tensor) -> Tensor:

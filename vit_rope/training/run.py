@@ -1,7 +1,6 @@
 """The folder that keeps a run: config.yaml, metrics.jsonl, checkpoints/, and at the end exported/ and summary.json."""
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -15,12 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from . import checkpoints
+from .saving import FolderLock, replacing, telling
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "exported", "samples")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "summary.json", "checkpoints", "exported", "samples")
 
 
 class RunFolder(SaveConfigCallback):
     """Write the configuration down, also into each checkpoint; at the end export the best one and say how it went."""
+
+    lock: FolderLock | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.started = time.monotonic()
@@ -28,10 +30,21 @@ class RunFolder(SaveConfigCallback):
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(self.config.out)  # touched no earlier, when data, model and optimizer are known to be sound
-        if self.config.overwrite:
-            clear(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FolderLock(folder)
+        with telling(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
+            if self.config.overwrite:
+                clear(folder)
+        check_free(folder, self.config.ckpt_path)  # again, for a run that has ended since
         write(folder / "config.yaml", self._dump())
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self._dump()
@@ -89,6 +102,16 @@ def occupied(folder: Path) -> list[str]:
     return [name for name in RUN_FILES if (folder / name).exists()]
 
 
+def check_free(folder: Path, ckpt_path: str | None) -> None:
+    """Raise a ValueError where a folder holds a run that the one with this checkpoint does not go on with."""
+    resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
+    if not resumes and (found := occupied(folder)):
+        raise ValueError(
+            f"{folder} already holds a run ({', '.join(found)}): go on with --ckpt_path last, "
+            "replace it with --overwrite true, or choose another --out"
+        )
+
+
 def clear(folder: Path) -> None:
     """Remove a run from its folder, and nothing else that lies there."""
     for name in occupied(folder):
@@ -98,9 +121,8 @@ def clear(folder: Path) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _score(value: float | None) -> str:

@@ -1,0 +1,236 @@
+"""A run that was stopped, by whatever, and goes on is bit for bit the run that was not."""
+
+import contextlib
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from vit_rope.training.batches import Loader, Order, Pick, Seeded, loader
+from vit_rope.training.cli import main
+
+from .processes import finish, start
+
+CHANGING = ("time", "train/images_per_s", "train/memory_gb")  # of a machine, not of a run
+CLASSIFIER = {
+    "class_path": "Classification",
+    "init_args": {
+        "model": "vit_rope_tiny_patch16_224",
+        "model_args": {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1, "position": "mixed + learned"}
+        | {"proj_drop_rate": 0.1, "drop_path_rate": 0.1, "patch_drop_rate": 0.25},
+        "mixup": 0.2,
+        "optim": {"lr": 0.01},
+        "schedule": {"warmup": 2},
+    },
+}
+DENOISER = {
+    "class_path": "Diffusion",
+    "init_args": {
+        "model": "RopeDiT",
+        "model_args": {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1, "position": "axial"},
+        "conditional": True,
+        "sample_every": 0,
+        "schedule": {"warmup": 2},
+    },
+}
+CONFIG = {
+    "seed_everything": 3,
+    "data": {"class_path": "Digits", "init_args": {"batch_size": 64, "augment": "strong"}},
+    "trainer": {"max_epochs": 4, "limit_train_batches": 6, "limit_val_batches": 2, "accelerator": "cpu"}
+    | {"log_every_n_steps": 2, "enable_progress_bar": False},
+    "ema": {"decay": 0.9},
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("configs")
+    parts = {"classifier": {"model": CLASSIFIER}}
+    parts["denoiser"] = {"model": DENOISER, "checkpoint": {"monitor": "val/loss", "mode": "min"}}
+    for name, part in parts.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(CONFIG | part))
+    return {name: str(folder / f"{name}.yaml") for name in parts}
+
+
+def run(*args: object) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        main(["fit", *map(str, args)])
+
+
+def last(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def numbers(folder: Path) -> dict:
+    """What the metrics file says of each step; of what it says twice, the later."""
+    found: dict = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        place = (row["stage"], row["step"], row["epoch"])
+        found.setdefault(place, {}).update({key: value for key, value in row.items() if key not in CHANGING})
+    return found
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = last(one), last(other)
+    for key in ("epoch", "global_step", "state_dict", "weights_in_training", "optimizer_states", "lr_schedulers"):
+        equal(first[key], second[key], key)
+    equal(first["loops"]["fit_loop"]["epoch_progress"], second["loops"]["fit_loop"]["epoch_progress"], "progress")
+    scores = [
+        {name: state.get("best_model_score") for name, state in checkpoint["callbacks"].items()}
+        for checkpoint in (first, second)
+    ]
+    equal(*scores, "scores")
+    assert numbers(one) == numbers(other)
+
+
+def equal(one, other, where: str) -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            equal(*pair, f"{where}.{number}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+@pytest.fixture(scope="module")
+def whole(configs, tmp_path_factory) -> dict[str, Path]:
+    """Runs that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name, config in configs.items():
+        run("--config", config, "--out", folder / name)
+    return {name: folder / name for name in configs}
+
+
+@pytest.mark.parametrize("name", ["classifier", "denoiser"])
+def test_same_seed_twice_is_the_same_run(configs, whole, tmp_path, name):
+    run("--config", configs[name], "--out", tmp_path / "again")
+    assert_same(whole[name], tmp_path / "again")
+    run("--config", configs[name], "--out", tmp_path / "other", "--seed_everything", 4)
+    with pytest.raises(AssertionError):
+        assert_same(whole[name], tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["classifier", "denoiser"])
+@pytest.mark.parametrize("steps", [12, 9], ids=["after an epoch", "within an epoch"])
+def test_stopped_and_resumed_is_the_whole_run(configs, whole, tmp_path, name, steps):
+    """The schedule of both parts is that of 24 steps, as of a run that was killed."""
+    args = ("--config", configs[name], "--out", tmp_path / "r", "--model.schedule.warmup", 2)
+    stop_after(args, steps)
+    before = (tmp_path / "r" / "metrics.jsonl").read_text()
+    assert last(tmp_path / "r")["global_step"] == steps
+    run(*args, "--ckpt_path", "last")
+    assert (tmp_path / "r" / "metrics.jsonl").read_text().startswith(before)
+    assert_same(whole[name], tmp_path / "r")
+
+
+OPTIONS = {
+    "accumulation and workers": (("--trainer.accumulate_grad_batches", 2, "--data.workers", 1), 4),
+    "right before a validation": (("--trainer.val_check_interval", 3, "--trainer.precision", "bf16-mixed"), 9),
+}
+
+
+@pytest.mark.parametrize(("options", "steps"), OPTIONS.values(), ids=OPTIONS)
+def test_resumed_within_an_epoch_with(configs, tmp_path, options, steps):
+    args = ("--config", configs["classifier"], *options, "--trainer.max_epochs", 2)
+    run(*args, "--out", tmp_path / "whole")
+    stop_after((*args, "--out", tmp_path / "r"), steps)
+    assert last(tmp_path / "r")["global_step"] == steps
+    run(*args, "--out", tmp_path / "r", "--ckpt_path", "last")
+    assert_same(tmp_path / "whole", tmp_path / "r")
+
+
+def test_runs_counted_in_steps_can_be_prolonged_within_an_epoch(configs, tmp_path):
+    args = ("--config", configs["classifier"], "--trainer.max_epochs", -1, "--model.schedule.name", "constant")
+    run(*args, "--out", tmp_path / "whole", "--trainer.max_steps", 15)
+    run(*args, "--out", tmp_path / "r", "--trainer.max_steps", 8)
+    assert last(tmp_path / "r")["global_step"] == 8
+    run(*args, "--out", tmp_path / "r", "--trainer.max_steps", 15, "--ckpt_path", "last")
+    assert_same(tmp_path / "whole", tmp_path / "r")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["classifier", "denoiser"])
+def test_killed_at_random_moments(configs, whole, tmp_path, name):
+    """SIGKILL ten times in each: within steps, validations and while checkpoints are written."""
+    args = ("--config", configs[name], "--out", tmp_path / "r", "--last.every_steps", 1)
+    status, out, err = finish(start("tests.processes", "kill", 0, 10, "fit", *args), timeout=240)
+    assert status == 0, err
+    counts = json.loads(out.splitlines()[-1])
+    assert counts["kills"] == 10
+    assert counts["resumed"] >= 3
+    assert_same(whole[name], tmp_path / "r")
+    assert not [path for path in (tmp_path / "r").rglob("*.ckpt") if path.name not in ("last.ckpt", "best.ckpt")]
+
+
+# The parts
+
+
+def test_order_goes_on_where_it_is_told(configs):
+    order = Order(20, shuffle=True, repeats=2)
+    order.set_epoch(3)
+    whole = list(order)
+    order.start = 7
+    assert [(int(pick), pick.seed) for pick in order] == [(int(pick), pick.seed) for pick in whole[7:]]
+    assert len({pick.seed for pick in whole}) == len(whole)  # an image that comes twice is changed twice
+
+
+class Noise:
+    """A dataset that is random alone."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[float, ...]:
+        return float(torch.rand(())), float(np.random.rand()), random.random()  # noqa: NPY002
+
+
+def draws(workers: int = 0, state: dict | None = None, take: int = 3) -> tuple[list, Loader]:
+    torch.manual_seed(5)
+    batches = loader(Noise(), "train", 4, workers, None)
+    batches.sampler.set_epoch(2)
+    if state:
+        batches.load_state_dict(state)
+    return [torch.stack(batch).tolist() for _, batch in zip(range(take), batches, strict=False)], batches
+
+
+def test_random_changes_do_not_depend_on_the_process_nor_on_where_one_began():
+    whole, _ = draws()
+    assert len(whole) == 3
+    assert draws(workers=1)[0] == whole
+    first, batches = draws(take=1)
+    state = batches.state_dict()
+    assert state == {"epoch": 2, "batches": 1}
+    assert first + draws(state=state)[0] == whole
+    assert draws(state={"epoch": 1, "batches": 1})[0] == whole  # the end of an epoch before
+    torch.manual_seed(6)
+    assert Seeded(Noise())[Pick(0, 9)] == Seeded(Noise())[Pick(1, 9)] != Seeded(Noise())[Pick(0, 8)]
+
+
+class Stop(BaseException):
+    pass
+
+
+def stop_after(args: tuple, steps: int) -> None:
+    """Train with a checkpoint at this step, and die a step later."""
+    from vit_rope.training.callbacks import EMA
+
+    def die(self, trainer, *rest):
+        if trainer.global_step == steps + 1:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stop):
+        patch.setattr(EMA, "on_train_batch_start", die, raising=False)
+        run(*args, "--last.every_steps", steps)

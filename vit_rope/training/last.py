@@ -1,0 +1,106 @@
+"""How a run ends, and where it goes on: the last checkpoint, signals, processes that die."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep checkpoints/last.ckpt: after each epoch, within one every so many steps, and before a signal ends the run.
+
+    It is written where a run can go on as if nothing had been: after an optimizer step, and after the validation that
+    follows it if one does. Ctrl-C and SIGTERM (a queue's warning) wait for that moment; a second Ctrl-C does not.
+
+    Args:
+        dirpath: from `out`
+        every_steps: optimizer steps between two savings within an epoch; 0 saves after epochs alone
+    """
+
+    def __init__(self, dirpath: str = "checkpoints", every_steps: int = 0):
+        if every_steps < 0:
+            raise ValueError(f"last.every_steps must be at least 0 (after each epoch alone), got {every_steps}")
+        self.path, self.every_steps = Path(dirpath, "last.ckpt"), every_steps
+        self.saved, self.wanted, self.signal = 0, False, 0
+        self.handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._heed) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+        for rank, code in ended(getattr(trainer.strategy.launcher, "procs", [])):
+            say(f"process {rank} ended before the others, with status {code}: what it said is above")
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, loop = trainer.global_step, trainer.fit_loop
+        due = self.every_steps and step % self.every_steps == 0 and step > self.saved
+        self.wanted = bool(self.wanted or due or step == trainer.max_steps or self._signalled(trainer, batch_idx))
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # Lightning asks it right after this
+        if self.wanted and stepped and not trainer.is_last_batch and not validates:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.wanted and trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.is_last_batch:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_last_batch or trainer.global_step > self.saved:  # else the run stops within the epoch
+            self._save(trainer)
+
+    def _save(self, trainer: Any) -> None:
+        if not trainer.fast_dev_run:
+            trainer.save_checkpoint(self.path, weights_only=False)
+        self.wanted, self.saved = False, trainer.global_step
+        if self.signal:
+            name, run = signal.Signals(self.signal).name, self.path.parents[1]
+            say(f"{name} ended the run after step {self.saved}; go on with: python train.py fit --ckpt_path {run}")
+            sys.exit(128 + self.signal)
+
+    def _heed(self, number: int, frame: Any) -> None:
+        signal.signal(number, self.handlers[number])
+        self.signal = number
+        os.write(2, b"\nstopping after this step; again, and nothing is saved\n")  # print must not be interrupted
+
+    def _signalled(self, trainer: Any, batch_idx: int) -> bool:
+        """Whether a process was told to stop; several ask each other now and then, for it holds up their devices."""
+        if trainer.world_size > 1 and batch_idx % trainer.log_every_n_steps == 0:
+            if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
+                self.signal = self.signal or signal.SIGTERM
+                return True
+            return False
+        return bool(self.signal) and trainer.world_size == 1
+
+
+def ended(processes: Sequence[Any], patience: float = 1.0) -> list[tuple[int, int]]:
+    """(rank, exit status) of those of Lightning's processes that failed; negative for a signal, -9 when killed.
+
+    Their end breaks the connection first, which is how the first process learns of it, so they get a moment.
+    """
+    until = time.monotonic() + patience
+    while processes and all(process.poll() is None for process in processes) and time.monotonic() < until:
+        time.sleep(0.05)
+    return [(rank, process.poll()) for rank, process in enumerate(processes, start=1) if process.poll()]
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """A line for the one who watches, on stderr."""
+    print(text, file=sys.stderr, flush=True)
