@@ -1,6 +1,6 @@
 """Position schemes: functions of coordinates. This package needs torch alone."""
 
-from . import absolute, coords, rotary
+from . import absolute, coords, presets, rotary
 from .base import Layout, Position, Sum
 from .encoding import Encoding
 from .rotary import Rotary
@@ -15,6 +15,7 @@ __all__ = [
     "absolute",
     "build",
     "coords",
+    "presets",
     "register",
     "rotary",
     "schemes",

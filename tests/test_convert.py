@@ -1,0 +1,100 @@
+"""Models of timm, converted: the same logits, with every parameter random, before and after a trip through a file."""
+
+import re
+
+import pytest
+import timm
+import torch
+from timm.models._hub import save_for_hf
+
+from vit_rope.convert import from_timm
+
+ROTARY = [name for name in timm.list_models(module="eva") if not re.match("eva_|eva02_enormous", name)]
+# one name for each combination of options; the other names differ in width and depth
+SETTINGS = [
+    "eva02_tiny_patch14_336",
+    "eva02_base_patch14_224",
+    "eva02_base_patch14_448",
+    "eva02_base_patch16_clip_224",
+    "vit_medium_patch16_rope_reg1_gap_256",
+    "vit_mediumd_patch16_rope_reg1_gap_256",
+    "vit_betwixt_patch16_rope_reg4_gap_256",
+    "vit_small_patch16_rope_224",
+    "vit_base_patch16_rope_224",
+    "vit_small_patch16_rope_ape_224",
+    "vit_small_patch16_rope_mixed_224",
+    "vit_small_patch16_rope_mixed_ape_224",
+    "vit_pe_core_tiny_patch16_384",
+    "vit_pe_core_base_patch16_224",
+    "vit_pe_core_gigantic_patch14_448",
+    "vit_pe_lang_large_patch14_448",
+    "vit_pe_lang_gigantic_patch14_448",
+    "vit_pe_spatial_tiny_patch16_512",
+    "vit_small_patch16_dinov3",
+    "vit_tiny_patch16_dinov3_qkvb",
+    "vit_small_plus_patch16_dinov3",
+    "vit_small_plus_patch16_dinov3_qkvb",
+    "vit_7b_patch16_dinov3",
+    "vit_small_patch16_lingbot",
+    "vit_giant_patch16_lingbot",
+    "vit_base_patch16_sapiens2",
+    "vit_5b_patch16_sapiens2",
+]
+
+
+def shrunken(name):
+    """Options that make a model of this name small, all of its settings left: two layers, four heads at most."""
+    published = timm.create_model(name, device="meta")
+    attention = published.blocks[0].attn
+    heads = min(4, attention.num_heads)
+    patch = published.patch_embed.patch_size[0]
+    options = {"depth": 2, "num_heads": heads, "embed_dim": heads * attention.head_dim, "num_classes": 7}
+    if "sapiens2" in name:
+        options["num_kv_heads"] = (heads, heads // 2)
+    if "gigantic" in name:
+        options["mlp_ratio"] = 2
+    return options | {"img_size": (6 * patch, 9 * patch)}
+
+
+def randomised(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if key == "rope.freqs":
+                parameter.add_(noise, alpha=0.1)
+            else:
+                parameter.copy_(noise * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5))
+                parameter.add_(1 if parameter.ndim == 1 and not key.endswith("bias") else 0)  # scales are about 1
+    return model.eval()
+
+
+def images(size, seed=1):
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(ours, theirs):
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def test_every_rotary_name_of_timm_is_known():
+    assert len(ROTARY) == 60
+    assert set(SETTINGS) <= set(ROTARY)
+
+
+@pytest.mark.parametrize("name", [n if n in SETTINGS else pytest.param(n, marks=pytest.mark.slow) for n in ROTARY])
+def test_logits_are_those_of_timm(name, tmp_path):
+    options = shrunken(name)
+    theirs = randomised(timm.create_model(name, **options))
+    ours, x = from_timm(theirs), images(options["img_size"])
+    with torch.no_grad():
+        want = theirs(x)
+        got = ours(x)
+        assert got.shape == (2, 7)
+        assert difference(got, want) < 1e-5
+        theirs.rope = None
+        assert difference(theirs(x), want) > 1e-3  # the test would notice wrong positions
+    save_for_hf(ours, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(x), got)
