@@ -14,7 +14,7 @@ LAYERS = [
     {"positions"},
     {"attention"},
     {"patches", "vit", "unet", "denoiser", "layouts"},
-    {"convert", "analysis", "sampling", "training"},
+    {"convert", "pretrained", "analysis", "sampling", "training"},
     {"plots", "bench"},
     {"__main__"},
 ]
@@ -22,7 +22,7 @@ OUTSIDE = {  # packages that only these parts may import, and the parts that may
     "lightning": {"training"},
     "jsonargparse": {"training"},
     "matplotlib": {"plots"},
-    "timm": {"patches", "vit", "denoiser", "convert", "training", "bench", "__main__"},
+    "timm": {"patches", "vit", "denoiser", "convert", "pretrained", "training", "bench", "__main__"},
     "diffusers": {"unet", "denoiser", "sampling", "training", "bench"},
 }
 

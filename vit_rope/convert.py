@@ -11,11 +11,13 @@ from typing import Any, Literal, cast
 import timm
 from timm import layers
 from timm.models import VisionTransformer
-from timm.models.eva import Eva, EvaBlock
+from timm.models._input import get_pretrained_grid_size
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import nn
 
-from .layouts import from_eva
+from .layouts import Weights, from_eva
+from .positions.absolute import Gate, Learned
 from .vit import RopeViT
 
 BASE = "vit_rope_base_patch16_224"  # a converted model is this one, with every argument overridden
@@ -36,7 +38,7 @@ ACTS = {
     nn.SiLU: "silu",
     nn.ReLU: "relu",
 }
-PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "license", "origin_url")
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "license", "origin_url")
 UNITS = {"separate": "centered", "min": "centered_shorter", "max": "centered_longer"}
 
 
@@ -112,6 +114,8 @@ def architecture(model: nn.Module, position: str = "", ape: str = "keep") -> dic
 def _attention(net: Any) -> dict[str, Any]:
     """Arguments of the attention of all blocks, which may differ in the number of heads of keys and values."""
     attention = net.blocks[0].attn
+    kinds = (EvaAttention, layers.AttentionRope, layers.Attention)
+    _refuse(type(attention) not in kinds, f"attention of type {type(attention).__name__}")
     _refuse(getattr(attention, "gate", None) is not None, "gated attention")
     _refuse(attention.num_heads * attention.head_dim != net.embed_dim, "heads of another total width")
     groups = [getattr(block.attn, "num_kv_heads", attention.num_heads) for block in net.blocks]
@@ -217,17 +221,41 @@ def _named(module: nn.Module, names: dict[type, str], what: str) -> str:
     return names[type(module)]
 
 
-def _make(source: Any, args: dict[str, Any], weights: dict[str, Tensor]) -> RopeViT:
+def move_table(weights: Weights, model: RopeViT) -> Weights:
+    """Weights whose learned table (1, prefix + N, C) the model does not have, with it where the model has one, or gone.
+
+    Its rows for class and register tokens say nothing of places, so they join those tokens.
+    """
+    if model.pos_embed is not None or "pos_embed" not in weights:
+        return weights
+    weights = dict(weights)
+    table, prefix = weights.pop("pos_embed"), 0 if model.no_embed_class else model.num_prefix_tokens
+    for name, tokens in zip(("cls_token", "reg_token"), table[:, :prefix].tensor_split((1,), dim=1), strict=True):
+        if name in weights and tokens.shape == weights[name].shape:
+            weights[name] = weights[name] + tokens
+    cells = table[0, prefix:]
+    grid = get_pretrained_grid_size(model, weights["patch_embed.proj.weight"], len(cells)) or (
+        math.isqrt(len(cells)),
+        -1,
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, Gate) and isinstance(module.scheme, Learned):
+            weights[f"{name}.scheme.table"] = cells.unflatten(0, grid)
+    return weights
+
+
+def _make(source: Any, args: dict[str, Any], weights: Weights) -> RopeViT:
     """A RopeViT with copies of translated weights; what is new in it (positions) keeps its initial values."""
     known = getattr(source, "pretrained_cfg", None) or {}
     overlay = {key: known[key] for key in PREPROCESSING if known.get(key) is not None}
+    overlay["input_size"] = (args["in_chans"], *args["img_size"])
     # without memory of its own at first: drawing weights that are replaced takes seconds for a large model
     model = timm.create_model(BASE, pretrained_cfg_overlay=overlay, device="meta", **args)
     model.position.to_empty(device="cpu")
     for module in model.position.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    weights = {key: value.clone() for key, value in weights.items()}
+    weights = {key: value.detach().clone() for key, value in move_table(weights, model).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     lost = [key for key in missing if not key.startswith("position.")] + unexpected
     if lost:

@@ -5,7 +5,7 @@ asks the scheme once for an encoding, and hands that to every block. Images have
 makes the same model one of video (B, C, T, H, W), `patch_size=(16,)` one of signals (B, C, T).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -377,7 +377,14 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> RopeViT:
+def create(
+    variant: str,
+    pretrained: bool,
+    defaults: dict[str, Any],
+    kwargs: dict[str, Any],
+    filter_fn: Callable[[dict[str, Tensor], RopeViT], dict[str, Tensor]] = checkpoint_filter_fn,
+) -> RopeViT:
+    """A registered model, by timm's builder: `defaults` of its architecture under `kwargs` of the caller."""
     model: Any = RopeViT
     size = kwargs.get("img_size", 0)
     if not isinstance(size, int) and len(size) != 2:  # timm's builder knows of (height, width) alone
@@ -387,7 +394,7 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
         model,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=filter_fn,
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **defaults | kwargs,
     )
@@ -397,32 +404,32 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
 def vit_rope_test_patch16_64(pretrained: bool = False, **kwargs: Any) -> RopeViT:
     """A very small model on 64 × 64 images, for tests."""
     size = {"patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 2}
-    return _create("vit_rope_test_patch16_64", pretrained, size, kwargs)
+    return create("vit_rope_test_patch16_64", pretrained, size, kwargs)
 
 
 @register_model
 def vit_rope_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
     """ViT-Ti/16 (arXiv:2012.12877) with positions by spec."""
     size = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return _create("vit_rope_tiny_patch16_224", pretrained, size, kwargs)
+    return create("vit_rope_tiny_patch16_224", pretrained, size, kwargs)
 
 
 @register_model
 def vit_rope_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
     """ViT-S/16 (arXiv:2012.12877) with positions by spec."""
     size = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create("vit_rope_small_patch16_224", pretrained, size, kwargs)
+    return create("vit_rope_small_patch16_224", pretrained, size, kwargs)
 
 
 @register_model
 def vit_rope_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
     """ViT-B/16 (arXiv:2010.11929) with positions by spec."""
     size = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create("vit_rope_base_patch16_224", pretrained, size, kwargs)
+    return create("vit_rope_base_patch16_224", pretrained, size, kwargs)
 
 
 @register_model
 def vit_rope_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
     """ViT-L/16 (arXiv:2010.11929) with positions by spec."""
     size = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
-    return _create("vit_rope_large_patch16_224", pretrained, size, kwargs)
+    return create("vit_rope_large_patch16_224", pretrained, size, kwargs)
