@@ -154,14 +154,19 @@ class Gate(Position):
     def __init__(self, layout: Layout, scheme: Position, start: float = 1.0) -> None:
         super().__init__()
         self.scheme, self.start = scheme, start
+        self.keeps_flash, self.extrapolates, self.each_layer = (
+            scheme.keeps_flash,
+            scheme.extrapolates,
+            scheme.each_layer,
+        )
         self.gate = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.gate, self.start)
 
-    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
-        return torch.lerp(x, self.scheme.add(x, coords, grid), self.gate.to(x.dtype))  # exact at 0 and at 1
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
+        return torch.lerp(x, self.scheme.add(x, coords, grid, layer), self.gate.to(x.dtype))  # exact at 0 and at 1
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         return self.scheme.encode(coords, key_coords, grid)
