@@ -9,12 +9,14 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_flatten
 
 from vit_rope.attention import attend
-from vit_rope.positions import Encoding, Layout, Position, build, schemes
+from vit_rope.positions import Encoding, Layout, Position, build, modifiers, schemes
 from vit_rope.positions.coords import grid
 from vit_rope.vit import RopeViT
 
 GRIDS = {1: (7,), 2: (4, 5), 3: (2, 3, 4)}
-SPECS = [*schemes(), "learned + mixed", "axial + mixed", "sincos(axes=1) + flat", 'axial(pairs="half", share="rest")']
+MODIFIED = ["xy(mixed)", "reference(axial)", "gate(learned)"]
+SPECS = [*(name for name in schemes() if name not in modifiers()), *MODIFIED]
+SPECS += ["learned + mixed", "axial + mixed", "sincos(axes=1) + flat", 'axial(pairs="half", share="rest")']
 EVERY = [(spec, axes) for spec in SPECS for axes in GRIDS]
 
 

@@ -33,11 +33,11 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from vit_rope import unet as unets
-from vit_rope.positions import Rotary, schemes
+from vit_rope.positions import Rotary, modifiers, schemes
 from vit_rope.unet import RopeUNet2DConditionModel, RopeUNet2DModel, add_positions, remove_positions
 from vit_rope.unet.maps import map_layout
 
-SPECS = [*schemes(), "learned + mixed", 'sincos + axial(pairs="half")']
+SPECS = [*(name for name in schemes() if name not in modifiers()), "learned + mixed", 'sincos + axial(pairs="half")']
 SMALL = {
     "sample_size": 16,
     "in_channels": 1,

@@ -4,7 +4,7 @@ from . import absolute, coords, presets, rotary
 from .base import Layout, Position, Sum
 from .encoding import Encoding
 from .rotary import Rotary
-from .specs import build, register, schemes
+from .specs import build, modifiers, register, schemes
 
 __all__ = [
     "Encoding",
@@ -15,6 +15,7 @@ __all__ = [
     "absolute",
     "build",
     "coords",
+    "modifiers",
     "presets",
     "register",
     "rotary",
