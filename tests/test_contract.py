@@ -14,7 +14,7 @@ from vit_rope.positions.coords import grid
 from vit_rope.vit import RopeViT
 
 GRIDS = {1: (7,), 2: (4, 5), 3: (2, 3, 4)}
-MODIFIED = ["xy(mixed)", "reference(axial)", "gate(learned)"]
+MODIFIED = ["xy(mixed)", "alternate(axial)", "reference(axial)", "gate(learned)"]
 SPECS = [*(name for name in schemes() if name not in modifiers()), *MODIFIED]
 SPECS += ["learned + mixed", "axial + mixed", "sincos(axes=1) + flat", 'axial(pairs="half", share="rest")']
 EVERY = [(spec, axes) for spec in SPECS for axes in GRIDS]

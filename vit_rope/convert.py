@@ -186,10 +186,11 @@ def _placed(net: Any) -> dict[str, Any]:
         position, origin = f"axial(base={rope.temperature:.9g}{pairs})", 0.0 - rope.grid_offset
     elif isinstance(rope, layers.RotaryEmbeddingDinoV3):
         _refuse(rope.temperature is None or rope.grid_offset != 0, "periods or an offset of DINOv3's unpublished kind")
-        position, unit = (
-            f"axial(base={rope.temperature:.9g}, fastest={2 * math.pi}{pairs})",
-            UNITS[rope.normalize_coords],
-        )
+        pairs = pairs or ', pairs="interleaved"'
+        position, unit = f"dinov3(base={rope.temperature:.9g}{pairs})", UNITS[rope.normalize_coords]
+    elif isinstance(rope, layers.RotaryEmbeddingMRope):
+        _refuse(min(rope.mrope_section[1:]) * 6 < rope.dim, "a multimodal RoPE whose sections leave pairs over")
+        position = f"dealt(base={rope.temperature:.9g}, idle=1)"
     else:
         raise ValueError(f"RopeViT has no positions like {type(rope).__name__}")
     if rope.grid_indexing == "xy" and not isinstance(rope, layers.RotaryEmbeddingMixed):

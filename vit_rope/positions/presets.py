@@ -16,7 +16,7 @@ from torch import Tensor
 from .base import Layout, Position
 from .coords import check_shape
 from .encoding import Encoding, Side
-from .rotary import Pairs, Rotary, axial, geometric
+from .rotary import Pairs, Rotary, axial, geometric, turning
 from .specs import register
 
 
@@ -32,7 +32,7 @@ class Preset(NamedTuple):
 
 
 def presets() -> dict[str, Preset]:
-    """Every convention by name. `note` says what the spec alone cannot: what tokens of text do, whose the coordinates are."""
+    """Every convention by name; a `note` says what its spec alone cannot, such as whose the coordinates are."""
     return dict(PRESETS)
 
 
@@ -42,9 +42,9 @@ PRESETS = {
     "eva02": Preset("reference(axial(base=10000), grid=(16, 16))", "timm eva02_*, vit_*_rope_reg*; arXiv:2303.11331"),
     "perception_encoder": Preset(
         "reference(xy(axial(base=10000)), grid=(24, 24))", "timm vit_pe_*; arXiv:2504.13181", origin=-1.0,
-        note="the reference is the grid of training: (14, 14), (24, 24) or (32, 32); gigantic models have origin 0",
+        note="the reference is the training grid: (14, 14), (24, 24) or (32, 32); gigantic models have origin 0",
     ),
-    "dinov3": Preset("dinov3(base=100)", "facebookresearch/dinov3, timm, transformers; arXiv:2508.10104", unit="centered"),
+    "dinov3": Preset("dinov3(base=100)", "timm and transformers' DINOv3; arXiv:2508.10104", unit="centered"),
     "dinov3_meta": Preset(
         'dinov3(base=100, periods="bfloat16")', "the files that facebookresearch/dinov3 publishes", unit="centered"
     ),
@@ -105,12 +105,14 @@ def xy(layout: Layout, scheme: Position) -> Rotary:
 
 @register
 def alternate(layout: Layout, scheme: Position) -> Rotary:
-    """A rotary scheme whose axes take turns pair by pair, rather than a block each. They must have as many pairs each."""
+    """A rotary scheme whose axes take turns pair by pair, rather than a block of channels each."""
 
     def change(freqs: Tensor) -> Tensor:
-        if freqs.shape[-1] % layout.axes:
-            raise ValueError(f"{freqs.shape[-1]} pairs do not divide into {layout.axes} axes, so they cannot alternate")
-        return freqs.unflatten(-1, (layout.axes, -1)).transpose(-1, -2).flatten(-2)
+        blocks = freqs.unflatten(-1, (layout.axes, -1)) if freqs.shape[-1] % layout.axes == 0 else freqs[..., None]
+        own = torch.eye(layout.axes, dtype=torch.bool, device=freqs.device)[..., None]
+        if blocks.shape[-2] != layout.axes or blocks.masked_select(~own).any():
+            raise ValueError("axes alternate where each has as many pairs of its own as the others: alternate(axial)")
+        return blocks.transpose(-1, -2).flatten(-2)
 
     return _columns("alternate", layout, scheme, change)
 
@@ -149,9 +151,7 @@ class Reference(Position):
 
 
 @register
-def dealt(
-    layout: Layout, base: float = 10000.0, blocks: bool = False, idle: int = 0, pairs: Pairs = "half"
-) -> Rotary:
+def dealt(layout: Layout, base: float = 10000.0, blocks: bool = False, idle: int = 0, pairs: Pairs = "half") -> Rotary:
     """One series of frequencies base^(-j/R) over all R pairs of a head, dealt out to the axes in turn.
 
     Each round of the deal begins with `idle` pairs that stay un-rotated (of axes that images do not have). With
@@ -161,7 +161,7 @@ def dealt(
     if idle < 0 or base <= 0 or layout.head_dim % 2:
         raise ValueError(f"dealt needs idle >= 0, base > 0 and an even head_dim, got {idle}, {base}, {layout.head_dim}")
     series = geometric(layout.head_dim // 2, base)
-    axis = torch.arange(len(series)) % (idle + layout.axes) - idle
+    axis = torch.arange(len(series), device="cpu") % (idle + layout.axes) - idle
     freqs = torch.stack([torch.where(axis == a, series, 0.0) for a in range(layout.axes)])
     if blocks:
         freqs = freqs[:, axis.argsort(stable=True)]
@@ -224,7 +224,10 @@ class DinoV3(Exact):
 
 @register
 class Axial64(Exact):
-    """`axial` whose frequencies and angles are float64 until their cosine is taken, as Flux and Wan compute them."""
+    """`axial` whose frequencies and angles are float64 until their cosine is taken, as Flux and Wan compute them.
+
+    Compiled and exported graphs stay in the coordinates' own precision, for not every device has float64.
+    """
 
     def __init__(
         self, layout: Layout, base: float = 10000.0, share: Literal["equal", "rest"] | tuple[int, ...] = "equal"
@@ -233,11 +236,14 @@ class Axial64(Exact):
         exact = torch.zeros_like(freqs, dtype=torch.float64)
         for axis, row in enumerate(freqs):
             at = row.nonzero()[:, 0]
-            exact[axis, at] = 1.0 / base ** (torch.arange(len(at), dtype=torch.float64, device="cpu") * 2 / (2 * len(at)))
+            exact[axis, at] = 1.0 / base ** (torch.arange(len(at), dtype=torch.float64, device="cpu") / len(at))
         super().__init__(freqs, exact)
 
     def angle(self, coords: Tensor, exact: Tensor) -> Tensor:
         return coords.double() * exact
+
+    def side(self, coords: Tensor) -> Side:
+        return turning(self.frequencies(coords), coords) if torch.compiler.is_compiling() else super().side(coords)
 
 
 @register
