@@ -22,7 +22,7 @@ OUTSIDE = {  # packages that only these parts may import, and the parts that may
     "lightning": {"training"},
     "jsonargparse": {"training"},
     "matplotlib": {"plots"},
-    "timm": {"patches", "vit", "denoiser", "convert", "pretrained", "training", "bench", "__main__"},
+    "timm": {"patches", "layouts", "vit", "denoiser", "convert", "pretrained", "training", "bench", "__main__"},
     "diffusers": {"unet", "denoiser", "sampling", "training", "bench"},
 }
 

@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from timm.models import get_arch_pretrained_cfgs
 
 from tests.test_convert import difference, images, randomised, shrunken
 from vit_rope import pretrained
-from vit_rope.convert import from_timm
+from vit_rope.convert import from_timm, ropeify
 
 PARTS = ["vit_small_patch16_rope_mixed_ape_224", "eva02_base_patch14_448", "vit_small_plus_patch16_dinov3_qkvb"]
 
@@ -163,3 +164,48 @@ def test_weights_of_no_known_layout(tmp_path):
     file = written(state | {"encoder.layer.0.weight": torch.zeros(2)}, tmp_path, options["img_size"])
     with pytest.raises(ValueError, match=r"none of the known layouts: .*timm's Eva \(14 of 35 names\), DINOv3's own"):
         timm.create_model("vit_rope_small_patch16_rope_224", **options | file)
+
+
+def test_any_model_of_timm_by_name(tmp_path):
+    source, options = "deit3_small_patch16_224.fb_in22k_ft_in1k", {"depth": 2, "embed_dim": 96, "num_heads": 3}
+    theirs = randomised(timm.create_model(source, num_classes=7, img_size=(64, 96), **options))
+    file = written(theirs.state_dict(), tmp_path, (64, 96), num_classes=7)
+    x = images((64, 96))
+    for ape in ("keep", "drop", "gate"):
+        mine = timm.create_model(
+            "vit_rope_from_timm", source=source, position="axial", ape=ape, img_size=(64, 96), **options | file
+        )
+        torch.testing.assert_close(mine.eval()(x), ropeify(theirs, "axial", ape)(x), rtol=1e-5, atol=1e-5)
+    assert timm.create_model("vit_rope_from_timm", source=source).pretrained_cfg["hf_hub_id"] == f"timm/{source}"
+    rotary = timm.create_model("vit_rope_from_timm", source="vit_tiny_patch16_dinov3_qkvb", depth=1)
+    assert type(rotary.position).__name__ == "DinoV3"
+    with pytest.raises(TypeError, match="not ResNet"):
+        timm.create_model("vit_rope_from_timm", source="resnet18")
+
+
+def test_a_gate_fades_by_schedule():
+    pytest.importorskip("lightning")
+    from lightning.pytorch import LightningModule
+
+    from vit_rope.training import Fade
+
+    class Net(LightningModule):
+        def __init__(self, position):
+            super().__init__()
+            self.model = timm.create_model("vit_rope_test_patch16_64", position=position)
+
+    net, fade, seen = Net("axial + gate(learned)"), Fade(0.2, 0.6), []
+    gate = net.model.position.parts[1].gate
+    trainer = SimpleNamespace(estimated_stepping_batches=11, global_step=0)
+    fade.setup(trainer, net, "fit")
+    assert not gate.requires_grad
+    for trainer.global_step in range(11):
+        fade.on_train_batch_start(trainer, net, None, 0)
+        seen.append(float(gate))
+    assert seen[:3] == [1.0] * 3
+    assert seen[4] == pytest.approx(0.5)
+    assert seen[6:] == [0.0] * 5
+    with pytest.raises(ValueError, match="this model has none"):
+        Fade().setup(trainer, Net("axial"), "fit")
+    with pytest.raises(ValueError, match=r"got start 0\.5 and stop 0\.5"):
+        Fade(0.5, 0.5)

@@ -44,9 +44,9 @@ def test_sums_are_flat_and_keep_their_order():
     [
         (
             "axail",
-            "no position scheme is called 'axail'; did you mean axial? There are: axial, flat, learned, mixed, none",
+            "no position scheme is called 'axail'; did you mean axial or axial64? There are: alternate, axial, axial64",
         ),
-        ("zzz", "no position scheme is called 'zzz'; There are: axial, flat"),
+        ("zzz", "no position scheme is called 'zzz'; There are: alternate, axial"),
         ("axial(bse=3)", "axial has no option 'bse'; it takes base, share, pairs, fastest"),
         ("none(base=3)", "none has no option 'base'; it takes none"),
         ("axial(base='x')", "axial(base=…) takes a finite number or a tuple, each item a finite number, got 'x'"),
@@ -54,7 +54,7 @@ def test_sums_are_flat_and_keep_their_order():
         ("axial(base=True)", "axial(base=…) takes a finite number"),
         ("axial(base=-1)", "axial needs a positive base and fastest, got base -1 and fastest 1.0"),
         ("axial(base=(1, 2, 3))", "3 bases for 2 axes; give one number, or one for each axis"),
-        ("axial(pairs='thirds')", "axial(pairs=…) takes 'interleaved' or 'half', got 'thirds'"),
+        ("axial(pairs='thirds')", "axial(pairs=…) takes 'interleaved' or 'half' or 'axis', got 'thirds'"),
         ("axial(share=(16, 15))", "share (16, 15) must be even numbers of channels that sum to at most head_dim 64"),
         ("axial(share=(64, 64))", "share (64, 64) must be even numbers of channels that sum to at most head_dim 64"),
         ("axial(share=(8, 8, 8))", "share (8, 8, 8) names 3 axes, but the grid has 2"),

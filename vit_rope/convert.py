@@ -11,13 +11,11 @@ from typing import Any, Literal, cast
 import timm
 from timm import layers
 from timm.models import VisionTransformer
-from timm.models._input import get_pretrained_grid_size
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from .layouts import Weights, from_eva
-from .positions.absolute import Gate, Learned
+from .layouts import Weights, from_eva, move_table
 from .vit import RopeViT
 
 BASE = "vit_rope_base_patch16_224"  # a converted model is this one, with every argument overridden
@@ -76,6 +74,10 @@ def architecture(model: nn.Module, position: str = "", ape: str = "keep") -> dic
     `position` and `ape` are those of `ropeify`; an Eva brings its own positions. Raises ValueError for a feature that
     RopeViT does not have.
     """
+    if not isinstance(model, Eva | VisionTransformer):
+        raise TypeError(
+            f"models with blocks of a ViT convert, timm's Eva and VisionTransformer, not {type(model).__name__}"
+        )
     net = cast(Any, model)
     block = net.blocks[0] if len(net.blocks) else None
     eva = isinstance(model, Eva)
@@ -220,29 +222,6 @@ def _there(module: nn.Module) -> bool:
 def _named(module: nn.Module, names: dict[type, str], what: str) -> str:
     _refuse(type(module) not in names, f"{what} of type {type(module).__name__}")
     return names[type(module)]
-
-
-def move_table(weights: Weights, model: RopeViT) -> Weights:
-    """Weights whose learned table (1, prefix + N, C) the model does not have, with it where the model has one, or gone.
-
-    Its rows for class and register tokens say nothing of places, so they join those tokens.
-    """
-    if model.pos_embed is not None or "pos_embed" not in weights:
-        return weights
-    weights = dict(weights)
-    table, prefix = weights.pop("pos_embed"), 0 if model.no_embed_class else model.num_prefix_tokens
-    for name, tokens in zip(("cls_token", "reg_token"), table[:, :prefix].tensor_split((1,), dim=1), strict=True):
-        if name in weights and tokens.shape == weights[name].shape:
-            weights[name] = weights[name] + tokens
-    cells = table[0, prefix:]
-    grid = get_pretrained_grid_size(model, weights["patch_embed.proj.weight"], len(cells)) or (
-        math.isqrt(len(cells)),
-        -1,
-    )
-    for name, module in model.named_modules():
-        if isinstance(module, Gate) and isinstance(module.scheme, Learned):
-            weights[f"{name}.scheme.table"] = cells.unflatten(0, grid)
-    return weights
 
 
 def _make(source: Any, args: dict[str, Any], weights: Weights) -> RopeViT:

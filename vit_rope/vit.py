@@ -5,7 +5,7 @@ asks the scheme once for an encoding, and hands that to every block. Images have
 makes the same model one of video (B, C, T, H, W), `patch_size=(16,)` one of signals (B, C, T).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .attention import attend, attend_packed, unread
+from .layouts import translate
 from .patches import Locate, PatchEmbed2d, PatchEmbedNd, by, sizes
 from .positions import Encoding, Layout, Position, build
 from .positions import coords as places
@@ -343,7 +344,8 @@ def _each_layer(num_kv_heads: int | Sequence[int] | None, depth: int) -> tuple[i
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: RopeViT) -> dict[str, Tensor]:
-    """Weights as this model needs them: patch kernels and tables of other sizes are resampled."""
+    """Weights of any known layout as this model needs them; patch kernels and tables of other sizes are resampled."""
+    state_dict = translate(state_dict, model)
     if not isinstance(model.patch_embed, PatchEmbedNd):
         state_dict = timm_vit.checkpoint_filter_fn(state_dict, model)
     tables = {f"{name}.table": module for name, module in model.named_modules() if isinstance(module, Learned)}
@@ -377,13 +379,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def create(
-    variant: str,
-    pretrained: bool,
-    defaults: dict[str, Any],
-    kwargs: dict[str, Any],
-    filter_fn: Callable[[dict[str, Tensor], RopeViT], dict[str, Tensor]] = checkpoint_filter_fn,
-) -> RopeViT:
+def create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> RopeViT:
     """A registered model, by timm's builder: `defaults` of its architecture under `kwargs` of the caller."""
     model: Any = RopeViT
     size = kwargs.get("img_size", 0)
@@ -394,7 +390,7 @@ def create(
         model,
         variant,
         pretrained,
-        pretrained_filter_fn=filter_fn,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **defaults | kwargs,
     )
