@@ -79,7 +79,7 @@ def architecture(model: nn.Module, position: str = "", ape: str = "keep") -> dic
             f"models with blocks of a ViT convert, timm's Eva and VisionTransformer, not {type(model).__name__}"
         )
     net = cast(Any, model)
-    block = net.blocks[0] if len(net.blocks) else None
+    block: Any = net.blocks[0] if len(net.blocks) else None
     eva = isinstance(model, Eva)
     _refuse(type(block) is not (EvaBlock if eva else Block), f"blocks of type {type(block).__name__}")
     _refuse(type(net.patch_embed) is not layers.PatchEmbed, f"patches by {type(net.patch_embed).__name__}")
@@ -108,8 +108,7 @@ def architecture(model: nn.Module, position: str = "", ape: str = "keep") -> dic
         "dynamic_img_pad": net.patch_embed.dynamic_img_pad,
         "init_values": block.init_values if eva else getattr(block.ls1, "init_values", None),
     }
-    args |= _attention(net) | _mlp(block.mlp) | _norm(block.norm1) | _rates(net)
-    args |= _pool(net, args)
+    args |= _attention(net) | _mlp(block.mlp) | _norm(block.norm1) | _rates(net) | _pool(net)
     return args | (_placed(net) if eva else _placed_by(position, ape, net))
 
 
@@ -151,13 +150,13 @@ def _norm(norm: Any) -> dict[str, Any]:
     return {"norm_layer": _named(norm, NORMS, "norms"), "norm_eps": norm.eps}
 
 
-def _pool(net: Any, args: dict[str, Any]) -> dict[str, Any]:
+def _pool(net: Any) -> dict[str, Any]:
     pool = net.attn_pool
     if not isinstance(pool, layers.AttentionPoolLatent):
         return {}
-    _refuse(pool.mlp is None or type(pool.mlp.act) is not type(net.blocks[0].mlp.act), "a pool of another kind of MLP")
-    ratio = pool.mlp.fc1.out_features / pool.mlp.fc1.in_features
-    return {"attn_pool_num_heads": pool.num_heads, "attn_pool_mlp_ratio": ratio}
+    mlp = cast(Any, pool.mlp)
+    _refuse(mlp is None or type(mlp.act) is not type(net.blocks[0].mlp.act), "a pool of another kind of MLP")
+    return {"attn_pool_num_heads": pool.num_heads, "attn_pool_mlp_ratio": mlp.fc1.out_features / mlp.fc1.in_features}
 
 
 def _rates(net: Any) -> dict[str, float]:
@@ -230,7 +229,7 @@ def _make(source: Any, args: dict[str, Any], weights: Weights) -> RopeViT:
     overlay = {key: known[key] for key in PREPROCESSING if known.get(key) is not None}
     overlay["input_size"] = (args["in_chans"], *args["img_size"])
     # without memory of its own at first: drawing weights that are replaced takes seconds for a large model
-    model = timm.create_model(BASE, pretrained_cfg_overlay=overlay, device="meta", **args)
+    model: Any = timm.create_model(BASE, pretrained_cfg_overlay=overlay, device="meta", **args)
     model.position.to_empty(device="cpu")
     for module in model.position.modules():
         if hasattr(module, "reset_parameters"):

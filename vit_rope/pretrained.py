@@ -12,7 +12,13 @@ from functools import cache
 from typing import Any
 
 import timm
-from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, get_pretrained_cfg, register_model
+from timm.models import (
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 
 from .convert import architecture
 from .vit import RopeViT, create
@@ -23,11 +29,15 @@ SOURCES = {
 }
 
 
+def _facts(source: str) -> PretrainedCfg:
+    return get_pretrained_cfg(source) or PretrainedCfg()
+
+
 @cache
 def _arguments(source: str, position: str = "", ape: str = "keep") -> dict[str, Any]:
     """Arguments of a RopeViT like timm's model of this name, but those that come with its weights."""
     args = architecture(timm.create_model(source, device="meta"), position, ape)
-    left = {"num_classes", "in_chans"} | ({"img_size"} if get_pretrained_cfg(source).fixed_input_size else set())
+    left = {"num_classes", "in_chans"} | ({"img_size"} if _facts(source).fixed_input_size else set())
     return {key: value for key, value in args.items() if key not in left}
 
 
@@ -63,6 +73,6 @@ def vit_rope_from_timm(
     """timm's model `source` (a name and a tag) as a RopeViT: by `ropeify`, or as it is where it is rotary already."""
     arguments = _arguments(source, position, ape)
     if not kwargs.get("pretrained_cfg"):
-        cfg = dataclasses.replace(get_pretrained_cfg(source), architecture="vit_rope_from_timm", tag=None)
+        cfg = dataclasses.replace(_facts(source), architecture="vit_rope_from_timm", tag=None)
         kwargs["pretrained_cfg"] = cfg
     return create("vit_rope_from_timm", pretrained, arguments, kwargs)
