@@ -120,6 +120,15 @@ def test_multimodal_rotations_are_dealt_out():
         from_timm(theirs)
 
 
+def test_what_training_does_converts_too():
+    options = {"rope_jitter_coords": 1.5, "drop_path_rate": 0.2, "patch_drop_rate": 0.3, "proj_drop_rate": 0.1}
+    ours = from_timm(timm.create_model("vit_base_patch16_sapiens2", depth=2, num_kv_heads=12, **options))
+    assert ours.locate.augment == (0.0, 1.5, 2.0)
+    assert ours.patch_drop.prob == 0.3
+    assert ours.blocks[1].drop_path1.drop_prob == pytest.approx(0.2)
+    assert ours.blocks[0].attn.proj_drop.p == ours.blocks[0].mlp.drop1.p == 0.1
+
+
 def small_vit(name):
     published = timm.create_model(name, device="meta")
     patch = published.patch_embed.patch_size[0]

@@ -7,12 +7,14 @@ import pytest
 import timm
 import torch
 from timm.layers import GluMlp, Mlp, RmsNorm, SwiGLUPacked
+from timm.layers.pos_embed_sincos import _apply_coord_augs
 from timm.models import VisionTransformer
 from timm.models._hub import save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from tests.test_convert import images, randomised
+from vit_rope.positions.coords import grid
 from vit_rope.vit import RopeViT
 
 NAME = "vit_rope_test_patch16_64"
@@ -203,6 +205,22 @@ def test_hub_folders_keep_the_position_options(spec, tmp_path):
     assert torch.equal(again(images((96, 64))), net.eval()(images((96, 64))))
     smaller = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=48, num_classes=2).eval()
     assert smaller(images((48, 48))).shape == (2, 2)
+
+
+@pytest.mark.parametrize("unit", ["index", "centered"])
+def test_training_varies_coordinates_as_timm_does(unit):
+    options = {"position_shift": 0.5, "position_jitter": 1.5, "position_rescale": 2.0}
+    net = RopeViT(**SMALL, position="axial", position_unit=unit, **options)
+    torch.manual_seed(0)
+    where = net.train().locate(images((64, 64)))[0]
+    torch.manual_seed(0)
+    want = _apply_coord_augs(grid((4, 4), unit), 0.5, 1.5, 2.0)
+    torch.testing.assert_close(where, want, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(net.locate(images((64, 64)))[0], where)
+    assert torch.equal(net.eval().locate(images((64, 64)))[0], grid((4, 4), unit))
+    assert torch.equal(net.train().locate(images((64, 64)), grid((4, 4)))[0], grid((4, 4)))  # the caller's own stay
+    with pytest.raises(ValueError, match="stretched by a factor of 1 or more, got position_shift 0"):
+        RopeViT(**SMALL, position_rescale=0.5)
 
 
 def test_layer_decay_slows_positions_like_the_stem():

@@ -198,7 +198,14 @@ def _placed(net: Any) -> dict[str, Any]:
         position = f"xy({position})"
     if getattr(rope, "ref_feat_shape", None) is not None:
         position = f"reference({position}, grid={tuple(rope.ref_feat_shape)})"
-    return {"position": position, "position_unit": unit, "position_origin": origin}
+    return {
+        "position": position,
+        "position_unit": unit,
+        "position_origin": origin,
+        "position_shift": rope.shift_coords or 0.0,
+        "position_jitter": rope.jitter_coords or 1.0,
+        "position_rescale": rope.rescale_coords or 1.0,
+    }
 
 
 def _placed_by(position: str, ape: str, net: Any) -> dict[str, Any]:

@@ -116,7 +116,8 @@ class RopeViT(VisionTransformer):
     """timm's VisionTransformer with `position`, a spec of any registered scheme, in place of its learned table.
 
     Takes every argument of timm's class but `attn_layer` and `block_fn`. `position_unit` and `position_origin` say how
-    patches get coordinates, as in `positions.coords.grid`; class and register tokens have no place. timm's own table
+    patches get coordinates, as in `positions.coords.grid`, and `position_shift`, `position_jitter`, `position_rescale`
+    how training varies them, as in `coords.augment`; class and register tokens have no place. timm's own table
     (`pos_embed="learn"`, which also has a row for the class token) is off unless asked for. `img_size` and `patch_size`
     of one or three numbers make a model of signals or of video.
 
@@ -136,6 +137,9 @@ class RopeViT(VisionTransformer):
         position: str = "axial",
         position_unit: str = "index",
         position_origin: float | str | Sequence[float] = 0.0,
+        position_shift: float = 0.0,
+        position_jitter: float = 1.0,
+        position_rescale: float = 1.0,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -171,6 +175,9 @@ class RopeViT(VisionTransformer):
         grid = tuple(-(-n // p) for n, p in zip(image, patch, strict=True))
         layout = Layout(embed_dim, num_heads, grid, depth, position_unit, origin)
         layout.coords()  # an origin that does not fit is found here
+        locate = Locate(
+            layout, in_chans, image, patch, dynamic_img_pad, (position_shift, position_jitter, position_rescale)
+        )
         scheme = build(position, layout)
         if norm_eps is not None:
             norm_layer = partial(get_norm_layer(norm_layer) or LayerNorm, eps=norm_eps)
@@ -203,7 +210,7 @@ class RopeViT(VisionTransformer):
             )
             draw = timm_vit.get_init_weights_vit(self.weight_init_mode, needs_reset=False)
             named_apply(draw, self.attn_pool, "attn_pool")
-        self.locate = Locate(layout, in_chans, image, patch, dynamic_img_pad)
+        self.locate = locate
         if dynamic_img_size:
             self.locate.image = None
         self.position = scheme if device is None else scheme.to(device)
