@@ -7,10 +7,13 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+MODIFIES = {"gate": "learned"}  # where axial will not do
+
+
 def spec_of(name: str) -> str:
     """A registered name as a spec: what modifies another scheme gets one to modify."""
     from vit_rope.positions import specs
 
     parameters = list(inspect.signature(specs._SCHEMES[name]).parameters.values())[1:]
-    parts = ["axial" for parameter in parameters if parameter.default is parameter.empty]
+    parts = [MODIFIES.get(name, "axial") for parameter in parameters if parameter.default is parameter.empty]
     return f"{name}({', '.join(parts)})" if parts else name

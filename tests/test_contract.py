@@ -16,7 +16,7 @@ from vit_rope.vit import RopeViT
 
 GRIDS = {1: (7,), 2: (4, 5), 3: (2, 3, 4)}
 SPECS = [*map(spec_of, schemes()), "learned + mixed", "axial + mixed", "sincos(axes=1) + flat"]
-SPECS += ['axial(pairs="half", share="rest")', "dynamic(learned + mixed)"]
+SPECS += ['axial(pairs="half", share="rest")', "dynamic(learned + mixed)", "xy(mixed)"]
 EVERY = [(spec, axes) for spec in SPECS for axes in GRIDS]
 
 

@@ -13,8 +13,8 @@ ROOT = Path(vit_rope.__file__).parent
 LAYERS = [
     {"positions"},
     {"attention"},
-    {"patches", "vit", "unet", "denoiser"},
-    {"convert", "analysis", "sampling", "training"},
+    {"patches", "vit", "unet", "denoiser", "layouts"},
+    {"convert", "pretrained", "analysis", "sampling", "training"},
     {"plots", "bench"},
     {"__main__"},
 ]
@@ -22,7 +22,7 @@ OUTSIDE = {  # packages that only these parts may import, and the parts that may
     "lightning": {"training"},
     "jsonargparse": {"training"},
     "matplotlib": {"plots"},
-    "timm": {"patches", "vit", "denoiser", "convert", "training", "bench", "__main__"},
+    "timm": {"patches", "layouts", "vit", "denoiser", "convert", "pretrained", "training", "bench", "__main__"},
     "diffusers": {"unet", "denoiser", "sampling", "training", "bench"},
 }
 

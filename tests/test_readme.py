@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vit_rope.positions import Layout, build, schemes, specs
+from vit_rope.positions.presets import presets
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,6 +26,19 @@ def test_python_blocks_run():
         exec(compile(block, "README.md", "exec"), space)
     assert space["logits"].shape == (1, 1000)
     assert space["out"].shape == (2, 6, 197, 64)
+
+
+def test_the_page_about_timm_runs(capsys):
+    space: dict = {}
+    for block in blocks((ROOT / "docs" / "timm.md").read_text(), "python"):
+        exec(compile(block, "timm.md", "exec"), space)
+    assert "reference(xy(axial(base=10000)), grid=(24, 24)) index -1.0" in capsys.readouterr().out
+
+
+def test_the_page_about_timm_lists_every_preset():
+    page = (ROOT / "docs" / "timm.md").read_text()
+    for name, preset in presets().items():
+        assert f"| `{name}` | `{preset.spec}` | {preset.unit}" in page
 
 
 def test_the_contributed_scheme_runs():

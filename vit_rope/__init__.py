@@ -3,7 +3,8 @@
 A position scheme is a function of coordinates. Attention asks it what to do and never asks which scheme it is.
 """
 
-from .vit import RopeViT  # registers the timm models
+from . import pretrained  # registers models with timm, as does vit
+from .vit import RopeViT
 
 __version__ = "0.1.0"
-__all__ = ["RopeViT"]
+__all__ = ["RopeViT", "pretrained"]

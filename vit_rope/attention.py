@@ -51,6 +51,8 @@ def attend(
     q = _placed(q, encoding.q, encoding, layer, encoding.prefix[0], "queries", overwrite)
     k = _placed(k, side_k, encoding, layer, encoding.prefix[1], "keys", overwrite)
     v = _turned(v, encoding.v, encoding.stride, layer, encoding.prefix[1], "values")
+    if k.shape[1] != v.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     if encoding.q.extra:
         extra_q, extra_k = _entry(encoding.q.extra, layer), _entry(side_k.extra or [], layer)
         q, k = _beside(q * scale, extra_q, encoding.prefix[0]), _beside(k, extra_k, encoding.prefix[1])
@@ -136,6 +138,8 @@ def _turned(x: Tensor, side: Side, stride: int, layer: int, prefix: int, what: s
         x = _in_basis(x, _entry(side.basis, layer), prefix, what)
     if side.turn or side.angles:
         turn = _table(side, layer, prefix, x.shape[2], what)
+        if turn.shape[2] > x.shape[1]:  # keys shared by heads of queries that each turn their own way
+            x = x.repeat_interleave(turn.shape[2] // x.shape[1], dim=1)
         x = rotate(x, turn, stride, prefix, overwrite and not side.basis)
     return x
 

@@ -80,13 +80,26 @@ class PatchEmbedNd(nn.Module):
 class Locate(InPython):
     """Where the patches of images (B, C, *sizes) are: checks the images and makes, or checks, coordinates.
 
-    A module of its own so that tracers take it as one step and nothing in it becomes part of their graph.
+    In training they are varied by `augment`, the options of `coords.augment`. A module of its own so that tracers take
+    it as one step and nothing in it becomes part of their graph.
     """
 
     def __init__(
-        self, layout: Layout, channels: int, image: tuple[int, ...], patch: tuple[int, ...], pad: bool
+        self,
+        layout: Layout,
+        channels: int,
+        image: tuple[int, ...],
+        patch: tuple[int, ...],
+        pad: bool,
+        augment: tuple[float, float, float] = (0.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
+        shift, jitter, rescale = self.augment = augment
+        if shift < 0 or min(jitter, rescale) < 1:
+            raise ValueError(
+                f"coordinates are shifted by 0 or more and stretched by a factor of 1 or more, got position_shift "
+                f"{shift}, position_jitter {jitter} and position_rescale {rescale}"
+            )
         self.axes, self.unit, self.origin = layout.axes, layout.unit, layout.origin
         self.channels, self.patch, self.pad = channels, patch, pad
         self.image: tuple[int, ...] | None = image  # None takes every size
@@ -99,7 +112,8 @@ class Locate(InPython):
         up = self.patch if self.pad else (1,) * len(self.patch)
         grid = [(n + u - 1) // p for n, p, u in zip(x.shape[2:], self.patch, up, strict=True)]
         if coords is None:
-            return places.grid(grid, self.unit, self.origin, x.device), grid
+            coords = places.grid(grid, self.unit, self.origin, x.device)
+            return (places.augment(coords, *self.augment) if self.training else coords), grid
         coords = places.check(coords, self.axes, finite=not torch.compiler.is_compiling())
         tokens, batch = math.prod(grid), x.shape[0]
         if coords.shape[-2] != tokens or (coords.ndim == 3 and coords.shape[0] not in (1, batch)):

@@ -11,11 +11,22 @@ from typing import Any, cast
 
 import torch
 import torch.fx
-from timm.layers import Attention, PatchDropoutWithIndices
+from timm.layers import (
+    Attention,
+    AttentionPoolLatent,
+    LayerNorm,
+    Mlp,
+    PatchDropoutWithIndices,
+    SwiGLU,
+    SwiGLUPacked,
+    get_act_layer,
+    get_norm_layer,
+)
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
+    named_apply,
     register_model,
     register_notrace_function,
     register_notrace_module,
@@ -26,6 +37,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .attention import attend, attend_packed, unread
+from .layouts import translate
 from .patches import Locate, PatchEmbed2d, PatchEmbedNd, by, sizes
 from .positions import Encoding, Layout, Position, build
 from .positions import coords as places
@@ -36,13 +48,27 @@ for function in (attend, attend_packed, learned_vectors, sincos_vectors, places.
     register_notrace_function(function)
 
 
+MLPS: dict[str, Any] = {"mlp": Mlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
+
+
 class RopeAttention(Attention):
     """timm's Attention, its queries and keys placed by an encoding."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.layer = 0  # the block says which
+        self.num_kv_heads = self.num_heads
         self.packed = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+
+    def group(self, num_kv_heads: int) -> None:
+        """Let groups of queries share keys and values of fewer heads (arXiv:2305.13245), before weights are drawn."""
+        if num_kv_heads < 1 or self.num_heads % num_kv_heads:
+            raise ValueError(f"{self.num_heads} heads do not divide into {num_kv_heads} groups; change num_kv_heads")
+        if num_kv_heads < self.num_heads:
+            old, width = self.qkv, (self.num_heads + 2 * num_kv_heads) * self.head_dim
+            place = {"device": old.weight.device, "dtype": old.weight.dtype}
+            self.qkv = nn.Linear(old.in_features, width, old.bias is not None, **place)
+            self.num_kv_heads, self.packed = num_kv_heads, False
 
     def forward(  # pyrefly: ignore[bad-override]  an encoding is required on purpose
         self, x: Tensor, encoding: Encoding, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -58,7 +84,8 @@ class RopeAttention(Attention):
         if self.packed:
             x = attend_packed(qkv, self.num_heads, encoding, layer, attn_mask, is_causal, dropout, fused, overwrite)
         else:
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+            heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+            q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(heads, dim=1)
             q, k = self.q_norm(q), self.k_norm(k)
             x = attend(q, k, v, encoding, layer, attn_mask, is_causal, dropout, fused, False)
         x = self.norm(x.transpose(1, 2).flatten(2))
@@ -70,9 +97,12 @@ class RopeAttention(Attention):
 class RopeBlock(Block):
     """timm's Block, which cannot be called without an encoding: no block ever runs without positions unnoticed."""
 
-    def __init__(self, *args: Any, depth: int = 0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, depth: int = 0, num_kv_heads: Sequence[int] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, depth=depth, **kwargs | {"attn_layer": RopeAttention})
-        cast(RopeAttention, self.attn).layer = depth
+        attention = cast(RopeAttention, self.attn)
+        attention.layer = depth
+        if num_kv_heads is not None:
+            attention.group(num_kv_heads[depth])
 
     def forward(  # pyrefly: ignore[bad-override]  an encoding is required on purpose
         self, x: Tensor, encoding: Encoding, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -86,10 +116,16 @@ class RopeViT(VisionTransformer):
     """timm's VisionTransformer with `position`, a spec of any registered scheme, in place of its learned table.
 
     Takes every argument of timm's class but `attn_layer` and `block_fn`. `position_unit` and `position_origin` say how
-    patches get coordinates, as in `positions.coords.grid`; class and register tokens have no place. timm's own table
+    patches get coordinates, as in `positions.coords.grid`, and `position_shift`, `position_jitter`, `position_rescale`
+    how training varies them, as in `coords.augment`; class and register tokens have no place. timm's own table
     (`pos_embed="learn"`, which also has a row for the class token) is off unless asked for. `img_size` and `patch_size`
-    of one or three numbers make a model of signals or of video. Raises ValueError where a spec, a size or a head
-    dimension does not fit, before any weight is made.
+    of one or three numbers make a model of signals or of video.
+
+    What rotary models of timm's other classes have, by their names there: `norm_eps`, `mlp_layer` as a name ("mlp",
+    "swiglu", "swiglu_packed"), keys and values of fewer heads (`num_kv_heads`, one for each layer or for all), and a
+    pool of its own size (`attn_pool_num_heads`, `attn_pool_mlp_ratio`, for global_pool="map").
+
+    Raises ValueError where a spec, a size or a head dimension does not fit, before any weight is made.
     """
 
     def __init__(
@@ -101,18 +137,32 @@ class RopeViT(VisionTransformer):
         position: str = "axial",
         position_unit: str = "index",
         position_origin: float | str | Sequence[float] = 0.0,
+        position_shift: float = 0.0,
+        position_jitter: float = 1.0,
+        position_rescale: float = 1.0,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
         pos_embed: str = "none",
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
+        norm_layer: Any = None,
+        norm_eps: float | None = None,
+        mlp_layer: Any = "mlp",
+        num_kv_heads: int | Sequence[int] | None = None,
+        attn_pool_num_heads: int | None = None,
+        attn_pool_mlp_ratio: float | None = None,
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> None:
         for name in ("attn_layer", "block_fn", "embed_layer"):
             if name in kwargs:
                 raise TypeError(f"RopeViT chooses its own {name}; leave the option out")
+        if isinstance(mlp_layer, str) and mlp_layer not in MLPS:
+            raise ValueError(f"mlp_layer is a class or one of {', '.join(MLPS)}, got {mlp_layer!r}")
+        own_pool = attn_pool_num_heads is not None or attn_pool_mlp_ratio is not None
+        if own_pool and kwargs.get("global_pool") != "map":
+            raise ValueError('attn_pool_num_heads and attn_pool_mlp_ratio need global_pool="map"')
         axes = 2 if isinstance(patch_size, int) else len(patch_size)
         patch = sizes("patch_size", patch_size, axes)
         image = sizes("img_size", img_size, axes)
@@ -125,7 +175,12 @@ class RopeViT(VisionTransformer):
         grid = tuple(-(-n // p) for n, p in zip(image, patch, strict=True))
         layout = Layout(embed_dim, num_heads, grid, depth, position_unit, origin)
         layout.coords()  # an origin that does not fit is found here
+        locate = Locate(
+            layout, in_chans, image, patch, dynamic_img_pad, (position_shift, position_jitter, position_rescale)
+        )
         scheme = build(position, layout)
+        if norm_eps is not None:
+            norm_layer = partial(get_norm_layer(norm_layer) or LayerNorm, eps=norm_eps)
         super().__init__(
             cast(Any, image),
             cast(Any, patch),
@@ -137,11 +192,25 @@ class RopeViT(VisionTransformer):
             dynamic_img_size=dynamic_img_size,
             dynamic_img_pad=dynamic_img_pad,
             embed_layer=partial(PatchEmbed2d if axes == 2 else PatchEmbedNd, output_fmt="NHWC"),
-            block_fn=RopeBlock,
+            norm_layer=norm_layer,
+            mlp_layer=MLPS[mlp_layer] if isinstance(mlp_layer, str) else mlp_layer,
+            block_fn=cast(Any, partial(RopeBlock, num_kv_heads=_each_layer(num_kv_heads, depth))),
             device=device,
             **kwargs,
         )
-        self.locate = Locate(layout, in_chans, image, patch, dynamic_img_pad)
+        if own_pool:
+            self.attn_pool = AttentionPoolLatent(
+                embed_dim,
+                num_heads=attn_pool_num_heads or num_heads,
+                mlp_ratio=attn_pool_mlp_ratio or kwargs.get("mlp_ratio", 4.0),
+                norm_layer=cast(Any, get_norm_layer(norm_layer) or LayerNorm),
+                act_layer=cast(Any, get_act_layer(kwargs.get("act_layer")) or nn.GELU),
+                device=device,
+                dtype=kwargs.get("dtype"),
+            )
+            draw = timm_vit.get_init_weights_vit(self.weight_init_mode, needs_reset=False)
+            named_apply(draw, self.attn_pool, "attn_pool")
+        self.locate = locate
         if dynamic_img_size:
             self.locate.image = None
         self.position = scheme if device is None else scheme.to(device)
@@ -272,8 +341,18 @@ class RopeViT(VisionTransformer):
         return self.norm(x), maps  # pyrefly: ignore[bad-return]
 
 
+def _each_layer(num_kv_heads: int | Sequence[int] | None, depth: int) -> tuple[int, ...] | None:
+    if num_kv_heads is None:
+        return None
+    heads = (num_kv_heads,) * depth if isinstance(num_kv_heads, int) else tuple(num_kv_heads)
+    if len(heads) != depth:
+        raise ValueError(f"num_kv_heads names {len(heads)} layers of {depth}; give one number, or one for each layer")
+    return heads
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: RopeViT) -> dict[str, Tensor]:
-    """Weights as this model needs them: patch kernels and tables of other sizes are resampled."""
+    """Weights of any known layout as this model needs them; patch kernels and tables of other sizes are resampled."""
+    state_dict = translate(state_dict, model)
     if not isinstance(model.patch_embed, PatchEmbedNd):
         state_dict = timm_vit.checkpoint_filter_fn(state_dict, model)
     tables = {f"{name}.table": module for name, module in model.named_modules() if isinstance(module, Learned)}
@@ -307,7 +386,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> RopeViT:
+def create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> RopeViT:
+    """A registered model, by timm's builder: `defaults` of its architecture under `kwargs` of the caller."""
     model: Any = RopeViT
     size = kwargs.get("img_size", 0)
     if not isinstance(size, int) and len(size) != 2:  # timm's builder knows of (height, width) alone
@@ -327,32 +407,32 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
 def vit_rope_test_patch16_64(pretrained: bool = False, **kwargs: Any) -> RopeViT:
     """A very small model on 64 × 64 images, for tests."""
     size = {"patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 2}
-    return _create("vit_rope_test_patch16_64", pretrained, size, kwargs)
+    return create("vit_rope_test_patch16_64", pretrained, size, kwargs)
 
 
 @register_model
 def vit_rope_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
     """ViT-Ti/16 (arXiv:2012.12877) with positions by spec."""
     size = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return _create("vit_rope_tiny_patch16_224", pretrained, size, kwargs)
+    return create("vit_rope_tiny_patch16_224", pretrained, size, kwargs)
 
 
 @register_model
 def vit_rope_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
     """ViT-S/16 (arXiv:2012.12877) with positions by spec."""
     size = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create("vit_rope_small_patch16_224", pretrained, size, kwargs)
+    return create("vit_rope_small_patch16_224", pretrained, size, kwargs)
 
 
 @register_model
 def vit_rope_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
     """ViT-B/16 (arXiv:2010.11929) with positions by spec."""
     size = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create("vit_rope_base_patch16_224", pretrained, size, kwargs)
+    return create("vit_rope_base_patch16_224", pretrained, size, kwargs)
 
 
 @register_model
 def vit_rope_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> RopeViT:
     """ViT-L/16 (arXiv:2010.11929) with positions by spec."""
     size = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
-    return _create("vit_rope_large_patch16_224", pretrained, size, kwargs)
+    return create("vit_rope_large_patch16_224", pretrained, size, kwargs)

@@ -1,10 +1,10 @@
 """Position schemes: functions of coordinates. This package needs torch alone."""
 
-from . import absolute, coords, rotary, scaling
+from . import absolute, coords, presets, rotary, scaling
 from .base import Layout, Position, Sum
 from .encoding import Encoding
 from .rotary import Rotary
-from .specs import build, register, schemes
+from .specs import build, modifiers, register, schemes
 
 __all__ = [
     "Encoding",
@@ -15,6 +15,8 @@ __all__ = [
     "absolute",
     "build",
     "coords",
+    "modifiers",
+    "presets",
     "register",
     "rotary",
     "scaling",

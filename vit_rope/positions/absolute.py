@@ -9,7 +9,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .base import Layout, Position, no_autocast
+from .base import Encoding, Layout, Position, no_autocast
 from .specs import register
 
 
@@ -139,3 +139,34 @@ class SinCos(Position):
 def none(layout: Layout) -> Position:
     """No positions at all: the honest baseline, for which tokens form a set."""
     return Position()
+
+
+@register
+class Gate(Position):
+    """A scheme whose addition to the tokens counts as much as one number says: all at 1, nothing at 0.
+
+    The number is learned from `start`, or set from outside, as `training.callbacks.Fade` does to wean a trained model
+    off its table. What the scheme does in attention stays whole.
+    """
+
+    relative = False
+
+    def __init__(self, layout: Layout, scheme: Position, start: float = 1.0) -> None:
+        super().__init__()
+        self.scheme, self.start = scheme, start
+        self.keeps_flash, self.extrapolates, self.each_layer = (
+            scheme.keeps_flash,
+            scheme.extrapolates,
+            scheme.each_layer,
+        )
+        self.gate = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gate, self.start)
+
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
+        return torch.lerp(x, self.scheme.add(x, coords, grid, layer), self.gate.to(x.dtype))  # exact at 0 and at 1
+
+    def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
+        return self.scheme.encode(coords, key_coords, grid)

@@ -5,6 +5,7 @@ Coordinates are the only thing a position scheme sees of an image, a video or a 
 whoever drops, crops, packs or reorders tokens does the same to their coordinates, and no scheme needs to know.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -86,6 +87,26 @@ def check(coords: Tensor, axes: int | None = None, finite: bool | None = None) -
         bad = int((~coords.isfinite()).any(dim=-1).sum())
         raise ValueError(f"coordinates of {bad} tokens are NaN or infinite; drop those tokens instead")
     return coords if coords.is_floating_point() else coords.float()
+
+
+def augment(coords: Tensor, shift: float = 0.0, jitter: float = 1.0, rescale: float = 1.0) -> Tensor:
+    """Coordinates (…, A) shifted, then stretched, by numbers drawn once for all of them (DINOv3, arXiv:2508.10104).
+
+    `shift`: up to so much along each axis, in the coordinates' unit. `jitter` and `rescale`: by factors between
+    1 / factor and factor, log-uniform, one for each axis and one for all.
+    """
+
+    def draw(count: int) -> Tensor:
+        return 2 * torch.rand(count, device=coords.device, dtype=coords.dtype) - 1
+
+    axes = coords.shape[-1]
+    if shift:
+        coords = coords + shift * draw(axes)
+    if jitter != 1:
+        coords = coords * (math.log(jitter) * draw(axes)).exp()
+    if rescale != 1:
+        coords = coords * (math.log(rescale) * draw(1)).exp()
+    return coords
 
 
 @torch.fx.wrap

@@ -34,8 +34,8 @@ TABLES = (
 
 
 def geometric(count: int, base: float) -> Tensor:
-    """Frequencies (count,) in float64 that fall geometrically from 1 towards 1 / base."""
-    return base ** (-torch.arange(count, dtype=torch.float64, device="cpu") / max(count, 1))
+    """Frequencies (count,) that fall geometrically from 1 towards 1 / base, to the last bit as others compute them."""
+    return 1.0 / base ** (torch.arange(count, dtype=torch.float32, device="cpu") / max(count, 1))
 
 
 def turning(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None) -> Side:
