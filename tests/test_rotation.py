@@ -130,6 +130,19 @@ def test_rotation_keeps_nothing_but_its_table():
     assert [t.data_ptr() for t in kept] == [turn.data_ptr()]
 
 
+def test_in_place_a_layer_keeps_no_more_than_without_positions():
+    x = torch.randn(2, 8, 3, 2, 16, requires_grad=True)
+    for overwrite, copies in ((True, 3), (False, 5)):  # in units of the queries' bytes
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            groups = rotate_groups(x * 1.0, table(torch.randn(1, 8, 2, 8)).requires_grad_(), 2, overwrite=overwrite)
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*groups, *kept] if t.ndim > 3
+        }
+        tables = 4 * 8 * 2 * 8 * 2
+        assert sum(storages.values()) == copies * groups[0].nbytes + tables
+
+
 def test_odd_strides_are_copied_rather_than_refused():
     x = torch.randn(2, 2, 3, 7)  # heads of 7 channels: a pair of the second head begins at an odd place
     theta = torch.randn(1, 3, 1, 3)

@@ -324,3 +324,38 @@ def test_models_that_cannot_be(options, error, message):
 def test_inputs_that_cannot_be(options, x, coords, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         model(**options)(x, coords=coords)
+
+
+def test_whoever_hooks_the_projection_keeps_what_it_gave():
+    net, x = model("axial"), images(64, 64)
+    plain, kept = net(x), []
+    attention = net.blocks[1].attn
+    with torch.no_grad():
+        handles = [
+            attention.qkv.register_forward_hook(lambda module, inputs, out: kept.append(out)),
+            attention.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0])),
+        ]
+        torch.testing.assert_close(net(x), plain, rtol=0, atol=0)
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(kept[1], attention.qkv(kept[0]), rtol=0, atol=0)  # not rotated
+    turned = []
+    with (
+        torch.no_grad(),
+        torch.nn.modules.module.register_module_forward_hook(lambda m, i, out: turned.append((m, out))),
+    ):
+        net(x)
+    kept = next(out for module, out in turned if module is attention.qkv)
+    first = next(out for module, out in turned if module is net.blocks[1].norm1)
+    torch.testing.assert_close(kept, attention.qkv(first), rtol=0, atol=0)
+
+
+def test_extracted_projections_are_not_rotated():
+    from timm.models._features_fx import create_feature_extractor
+
+    net, x = model("axial").eval(), images(64, 64)
+    names = {"blocks.0.norm1": "before", "blocks.0.attn.qkv": "after", "head": "head"}
+    with torch.no_grad():
+        found = create_feature_extractor(net, names)(x)
+        torch.testing.assert_close(found["after"], net.blocks[0].attn.qkv(found["before"]), rtol=0, atol=0)
+        torch.testing.assert_close(found["head"], net(x), rtol=0, atol=1e-6)
