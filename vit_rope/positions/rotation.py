@@ -119,12 +119,12 @@ class _Turns(torch.autograd.Function):
 def _tables(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
     if grid is None or coords.ndim != 2 or len(coords) != math.prod(grid):
         theta = angles(freqs, coords)
-        return torch.view_as_real(torch.polar(torch.ones_like(theta), theta))
+        return torch.view_as_real(torch.complex(theta.cos(), theta.sin()))
     coords, axes, table = coords.view(*grid, -1), len(grid), freqs.new_zeros(())
     for a in range(axes):
         along = coords[tuple(slice(None) if i == a else 0 for i in range(axes))][:, a]  # (n,)
         theta = along[:, None, None] * freqs[:, None, :, a]  # (L, n, H, R)
-        turn = torch.polar(torch.ones_like(theta), theta)
+        turn = torch.complex(theta.cos(), theta.sin())
         table = turn if a == 0 else (table[:, :, None] * turn[:, None]).flatten(1, 2)
     return torch.view_as_real(table[:, None])
 
