@@ -222,7 +222,10 @@ def test_random_changes_do_not_depend_on_the_process_nor_on_where_one_began():
     assert first + draws(state=state)[0] == whole
     assert draws(state={"epoch": 1, "batches": 1})[0] == whole  # the end of an epoch before
     torch.manual_seed(6)
+    before = torch.random.get_rng_state()
     assert Seeded(Noise())[Pick(0, 9)] == Seeded(Noise())[Pick(1, 9)] != Seeded(Noise())[Pick(0, 8)]
+    assert torch.equal(torch.random.get_rng_state(), before)  # nothing outside notices
+    assert torch.initial_seed() == 6
 
 
 class Stop(BaseException):
