@@ -144,10 +144,16 @@ OPTIONS = {
 
 @pytest.mark.parametrize(("options", "steps"), OPTIONS.values(), ids=OPTIONS)
 def test_resumed_within_an_epoch_with(configs, tmp_path, options, steps):
-    args = ("--config", configs["classifier"], *options, "--trainer.max_epochs", 2)
+    loss = ("--checkpoint.monitor", "val/loss", "--checkpoint.mode", "min")
+    args = ("--config", configs["classifier"], *options, *loss, "--trainer.max_epochs", 2, "--ema.decay", 0.5)
     run(*args, "--out", tmp_path / "whole")
     stop_after((*args, "--out", tmp_path / "r"), steps)
-    assert last(tmp_path / "r")["global_step"] == steps
+    checkpoint = last(tmp_path / "r")
+    assert checkpoint["global_step"] == steps
+    scores = [row["val/loss"] for row in numbers(tmp_path / "r").values() if "val/loss" in row]
+    assert scores[-1] == min(scores)
+    (best,) = [state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint")]
+    assert best["best_model_score"] == pytest.approx(scores[-1], rel=1e-5)  # it knows of the validation at this step
     run(*args, "--out", tmp_path / "r", "--ckpt_path", "last")
     assert_same(tmp_path / "whole", tmp_path / "r")
 
@@ -216,7 +222,10 @@ def test_random_changes_do_not_depend_on_the_process_nor_on_where_one_began():
     assert first + draws(state=state)[0] == whole
     assert draws(state={"epoch": 1, "batches": 1})[0] == whole  # the end of an epoch before
     torch.manual_seed(6)
+    before = torch.random.get_rng_state()
     assert Seeded(Noise())[Pick(0, 9)] == Seeded(Noise())[Pick(1, 9)] != Seeded(Noise())[Pick(0, 8)]
+    assert torch.equal(torch.random.get_rng_state(), before)  # nothing outside notices
+    assert torch.initial_seed() == 6
 
 
 class Stop(BaseException):

@@ -7,10 +7,12 @@ the same whatever happened before, with any number of workers, and from any batc
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -77,16 +79,25 @@ class Seeded(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        if isinstance(index, Pick):
-            reseed(index.seed)
-        return self.dataset[index]
+        with drawing(index):
+            return self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> Any:
         if not hasattr(self.dataset, "__getitems__"):
             return [self[index] for index in indices]
-        if isinstance(indices[0], Pick):
-            reseed(indices[0].seed)
-        return self.dataset.__getitems__(indices)
+        with drawing(indices[0]):
+            return self.dataset.__getitems__(indices)
+
+
+@contextmanager
+def drawing(index: int) -> Iterator[None]:
+    """Let what the block draws follow from the seed of an index, and nothing outside notice."""
+    if isinstance(index, Pick):
+        with isolate_rng(include_cuda=False):
+            reseed(index.seed)
+            yield
+    else:
+        yield
 
 
 def reseed(*numbers: int) -> None:

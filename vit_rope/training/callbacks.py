@@ -29,6 +29,9 @@ class Reseed(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         reseed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.manual_seed(self.seed)  # for whoever asks what the seed of this process is
+
 
 class EMA(Callback):
     """Validate and export an exponential moving average of the weights, d_n = min(decay, (1 + n) / (10 + n)) at step n.
