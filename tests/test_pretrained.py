@@ -158,6 +158,20 @@ def test_files_of_the_authors_load(name, publish, tmp_path):
         assert difference(mine.eval()(x), theirs(x)) < 1e-5
 
 
+def test_files_that_timm_translates_for_its_vit(tmp_path):
+    theirs = randomised(timm.create_model("vit_small_patch14_dinov2", img_size=56, depth=2, num_classes=0))
+    state = dict(theirs.state_dict()) | {"mask_token": torch.zeros(1, 384)}
+    options = {"img_size": 56, "depth": 2, "num_classes": 0, "position": "none", "source": "vit_small_patch14_dinov2"}
+    mine = timm.create_model("vit_rope_from_timm", **options | written(state, tmp_path, (56, 56), num_classes=0))
+    assert torch.equal(mine.eval()(images((56, 56))), theirs(images((56, 56))))
+    clip = perception_encoders_own(
+        dict(randomised(timm.create_model("vit_base_patch32_clip_224", depth=1)).state_dict())
+    )
+    options = {"depth": 1, "num_classes": 0, "position": "none", "source": "vit_base_patch32_clip_224"}
+    mine = timm.create_model("vit_rope_from_timm", **options | written(clip, tmp_path, (224, 224), num_classes=0))
+    assert torch.equal(mine.blocks[0].mlp.fc1.weight, clip["visual.transformer.resblocks.0.mlp.c_fc.weight"])
+
+
 def test_weights_of_no_known_layout(tmp_path):
     theirs, options, _ = small("vit_small_patch16_rope_224")
     state = {key: value for key, value in theirs.state_dict().items() if re.search("gamma|norm|rope", key)}

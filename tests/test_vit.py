@@ -280,7 +280,7 @@ def test_traced_models_hold_no_complex_numbers():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"position": "axail"}, ValueError, "no position scheme is called 'axail'; did you mean axial?"),
+        ({"position": "axail"}, ValueError, "no position scheme is called 'axail'; did you mean axial"),
         ({"position_unit": "px"}, ValueError, "unknown unit 'px'; expected one of index, centered"),
         ({"position_origin": (1, 2, 3)}, ValueError, "origin (1, 2, 3) gives 3 numbers for a grid (4, 4) of 2 axes"),
         ({"img_size": 65}, ValueError, "img_size 65 x 65 does not divide into patches of 16 x 16"),

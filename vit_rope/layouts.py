@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.models import eva
+from timm.models import eva, vision_transformer
 from timm.models._input import get_pretrained_grid_size
 from torch import Tensor
 
@@ -90,10 +90,8 @@ def move_table(weights: Weights, model: Any) -> Weights:
         if name in weights and tokens.shape == weights[name].shape:
             weights[name] = weights[name] + tokens
     cells = table[0, prefix:]
-    grid = get_pretrained_grid_size(model, weights["patch_embed.proj.weight"], len(cells)) or (
-        math.isqrt(len(cells)),
-        -1,
-    )
+    side = math.isqrt(len(cells))
+    grid = get_pretrained_grid_size(model, weights["patch_embed.proj.weight"], len(cells)) or (side, side)
     for name, module in model.named_modules():
         if isinstance(module, Gate) and isinstance(module.scheme, Learned):
             weights[f"{name}.scheme.table"] = cells.unflatten(0, grid)
@@ -105,20 +103,26 @@ def by_timm(state: Weights, model: Any) -> Weights:
     return from_eva(eva.checkpoint_filter_fn(state, model))
 
 
+def by_timms_vit(state: Weights, model: Any) -> Weights:
+    """What timm knows to translate for its VisionTransformer, of OpenAI's CLIP, DINOv2 and others."""
+    images = model.patch_embed.proj.weight.ndim == 4  # timm knows no signals and no video
+    return vision_transformer.checkpoint_filter_fn(state, model) if images else state
+
+
 LAYOUTS: dict[str, tuple[str, Callable[[Weights, Any], Weights]]] = {  # the keys that tell, and the translation
-    "RoPE-ViT's own": (
-        r"freqs|freqs_t_x",
-        lambda state, net: from_rope_vit(state, net.blocks[0].attn.num_heads),
-    ),
+    "RoPE-ViT's own": (r"freqs|freqs_t_x", lambda state, net: from_rope_vit(state, net.blocks[0].attn.num_heads)),
     "Sapiens2's own": (r"blocks\.0\.attn\.wq\.weight", by_timm),
     "DINOv3's own": (r"storage_tokens", lambda state, net: from_dinov3(state)),
     "Perception Encoder's own": (r"(visual\.)?conv1\.weight", by_timm),
-    "EVA-02's own": (r"(visual\.)?(trunk\.)?blocks\.0\.(mlp\.w1\.weight|attn\.rope\.freqs_cos)|visual\..*", by_timm),
+    "EVA-02's own": (
+        r"(visual\.)?blocks\.0\.(mlp\.w1\.weight|attn\.rope\.freqs_cos)|visual\.(trunk\.)?blocks\.0\.attn\.q_proj\.weight",
+        by_timm,
+    ),
     "timm's Eva": (
         r"blocks\.0\.(gamma_1|attn\.q_bias|attn\.q_proj\.weight)|rope\.freqs",
         lambda state, net: from_eva(state),
     ),
-    "timm's and vit_rope's ViT": (r"blocks\.0\.attn\.qkv\.weight", lambda state, net: state),
+    "timm's and vit_rope's ViT": (r".*", by_timms_vit),
 }
 
 
@@ -131,12 +135,8 @@ def translate(state: dict[str, Any], model: Any) -> Weights:
         state = inner
     compare_periods(state, model)
     wanted = set(model.state_dict())
-    for pattern, translate in LAYOUTS.values():
-        if any(re.fullmatch(pattern, key) for key in state):
-            weights = dict(translate(state, model))
-            break
-    else:
-        weights = dict(state)
+    ours = next(ours for pattern, ours in LAYOUTS.values() if not state or any(re.fullmatch(pattern, k) for k in state))
+    weights = dict(ours(state, model))
     if 2 * len(wanted & set(weights)) < len(wanted):
         raise ValueError(f"these weights are of none of the known layouts: {_tried(state, model, wanted)}")
     for key in [key for key in weights if key.endswith("attn.qkv.bias") and key not in wanted]:
@@ -167,9 +167,9 @@ def compare_periods(state: Weights, model: Any) -> None:
 def _tried(state: Weights, model: Any, wanted: set[str]) -> str:
     """Each layout with how many of the model's names it finds, the nearest first."""
     found = {}
-    for name, (_, translate) in LAYOUTS.items():
+    for name, (_, ours) in LAYOUTS.items():
         try:
-            found[name] = len(wanted & set(translate(dict(state), model)))
+            found[name] = len(wanted & set(ours(dict(state), model)))
         except (KeyError, RuntimeError, ValueError, AttributeError):  # not even the keys that it begins with
             found[name] = 0
     order = sorted(found, key=lambda name: -found[name])

@@ -56,7 +56,7 @@ default_cfgs = generate_default_cfgs(
         for name, source in SOURCES.items()
         for tagged, cfg in get_arch_pretrained_cfgs(source).items()
     }
-    | {"vit_rope_from_timm": {"first_conv": "patch_embed.proj", "classifier": "head"}}
+    | {"vit_rope_from_timm": {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}}
 )
 for name, source in SOURCES.items():
     register_model(_named(name, source))

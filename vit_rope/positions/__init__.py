@@ -4,7 +4,7 @@ from . import absolute, coords, presets, rotary, scaling
 from .base import Layout, Position, Sum
 from .encoding import Encoding
 from .rotary import Rotary
-from .specs import build, modifiers, register, schemes
+from .specs import build, register, schemes
 
 __all__ = [
     "Encoding",
@@ -15,7 +15,6 @@ __all__ = [
     "absolute",
     "build",
     "coords",
-    "modifiers",
     "presets",
     "register",
     "rotary",

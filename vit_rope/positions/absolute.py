@@ -145,20 +145,15 @@ def none(layout: Layout) -> Position:
 class Gate(Position):
     """A scheme whose addition to the tokens counts as much as one number says: all at 1, nothing at 0.
 
-    The number is learned from `start`, or set from outside, as `training.callbacks.Fade` does to wean a trained model
+    The number is learned from `start`, or set from outside, as `training.Fade` does to wean a trained model
     off its table. What the scheme does in attention stays whole.
     """
-
-    relative = False
 
     def __init__(self, layout: Layout, scheme: Position, start: float = 1.0) -> None:
         super().__init__()
         self.scheme, self.start = scheme, start
-        self.keeps_flash, self.extrapolates, self.each_layer = (
-            scheme.keeps_flash,
-            scheme.extrapolates,
-            scheme.each_layer,
-        )
+        for claim in ("relative", "reversible", "keeps_flash", "extrapolates", "each_layer"):
+            setattr(self, claim, getattr(scheme, claim))
         self.gate = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 

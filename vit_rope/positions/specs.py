@@ -38,17 +38,6 @@ def schemes() -> list[str]:
     return sorted(_SCHEMES)
 
 
-def modifiers() -> list[str]:
-    """The registered names that modify other schemes, sorted: `xy` in "xy(axial)"."""
-    return [name for name in schemes() if _modified(_SCHEMES[name])]
-
-
-def _modified(factory: Factory) -> list[str]:
-    """Names of the schemes that a factory modifies: its parameters without a default, after the layout."""
-    parameters = list(inspect.signature(factory).parameters.values())[1:]
-    return [p.name for p in parameters if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
-
-
 def build(spec: str, layout: Layout) -> Position:
     """The scheme that `spec` names, e.g. "mixed(base=10) + learned", for a model of this layout.
 
@@ -106,7 +95,7 @@ def _call(name: str, layout: Layout, parts: list[Position], options: dict[str, A
         raise ValueError(f"no position scheme is called {name!r}; {hint}There are: {', '.join(schemes())}")
     factory = _SCHEMES[name]
     parameters = list(inspect.signature(factory).parameters.values())[1:]
-    wanted = _modified(factory)
+    wanted = [p.name for p in parameters if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
     if len(parts) != len(wanted):
         kind = f"modifies {len(wanted)} scheme(s) ({', '.join(wanted)})" if wanted else "modifies no other scheme"
         raise ValueError(f"{name} {kind}, got {len(parts)}; options are written name=value")
