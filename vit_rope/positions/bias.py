@@ -10,7 +10,7 @@ Shapes   L layers (1 if shared), H heads, N queries, M keys, A axes, Δ (…, A)
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ HIDDEN = -1e4  # as good as -inf after a softmax, but where all keys are hidden 
 class Bias(Position):
     """A bias that is a function of the displacement, which subclasses write as `logits`."""
 
+    reversible = True
     keeps_flash = False
+    extrapolates = False
     costly = False  # whether a network of this size must not run on pairs: dropped tokens then look up their grid's
 
     def __init__(self, layout: Layout) -> None:
@@ -61,17 +63,17 @@ def length(delta: Tensor, distance: str) -> Tensor:
     return delta.norm(dim=-1) if distance == "euclidean" else delta.abs().sum(dim=-1)
 
 
-def slopes(heads: int) -> Tensor:
+def slopes(heads: int) -> list[float]:
     """ALiBi's slopes 2^(-8h/H), h = 1 … H; where H is no power of two, those of the power below, then every other one
     of the power above (arXiv:2108.12409)."""
     below = 2 ** int(math.log2(heads))
     powers = [8 * h / below for h in range(1, below + 1)] + [4 * h / below for h in range(1, 2 * below, 2)]
-    return 2.0 ** -torch.tensor(powers[:heads], dtype=torch.float64, device="cpu")
+    return [2.0**-power for power in powers[:heads]]
 
 
-def constants(values: Tensor, delta: Tensor) -> Tensor:
+def constants(values: Tensor | Sequence[Any], delta: Tensor) -> Tensor:
     """Constants (…, H), on the device and in the type of displacements (…, A), as (…, H, 1 …)."""
-    return values.to(delta.device, delta.dtype)[(..., *[None] * (delta.ndim - 1))]
+    return torch.as_tensor(values, dtype=delta.dtype, device=delta.device)[(..., *[None] * (delta.ndim - 1))]
 
 
 @register
@@ -89,7 +91,7 @@ class ALiBi(Bias):
 
     def __init__(self, layout: Layout, distance: Literal["euclidean", "manhattan", "quadratic"] = "euclidean") -> None:
         super().__init__(layout)
-        self.distance, self.slopes = distance, slopes(layout.heads)[None]
+        self.distance, self.slopes = distance, [slopes(layout.heads)]
         self.keeps_flash = distance == "quadratic"
 
     def logits(self, delta: Tensor) -> Tensor:
@@ -144,14 +146,14 @@ class LookHere(Bias):
         looks = [ways[h % len(ways)] for h in range(directed)] + [(0.0,) * layout.axes] * around
         powers = [1 + h // len(ways) for h in range(directed)] + [2 * (h % 4 + 1) for h in range(around)]
         edge = math.cos(math.radians(fov / 2)) - 1e-4  # so that rounding hides nobody at the edge
-        layers = torch.linspace(*layer_slopes, layout.depth, dtype=torch.float64, device="cpu")
-        self.looks = torch.tensor(looks, dtype=torch.float64, device="cpu")  # (H, A)
-        self.edges = torch.tensor([edge] * directed + [-1.0] * around, device="cpu")  # (H,)
-        self.slopes = slope * layers[:, None] * 2.0 ** -torch.tensor(powers, device="cpu")  # (L, H)
+        layers = torch.linspace(*layer_slopes, layout.depth, dtype=torch.float64, device="cpu").tolist()
+        self.looks = list(zip(*looks, strict=True))  # (A, H)
+        self.edges = [edge] * directed + [-1.0] * around  # (H,)
+        self.slopes = [[slope * layer * 2.0**-power for power in powers] for layer in layers]  # (L, H)
 
     def logits(self, delta: Tensor) -> Tensor:
         far = delta.norm(dim=-1)
-        ahead = sum(constants(self.looks[:, a], delta) * delta[..., a] for a in range(delta.shape[-1]))
+        ahead = sum(constants(look, delta) * delta[..., a] for a, look in enumerate(self.looks))
         hidden = ahead < constants(self.edges, delta) * far  # (H, …)
         return torch.where(hidden, HIDDEN, -constants(self.slopes, delta) * far)
 

@@ -34,16 +34,14 @@ class Sandwich(Bias):
 
     def __init__(self, layout: Layout, channels: int = 128, base: float = 10000.0, flash: bool = True) -> None:
         super().__init__(layout)
-        pairs = check_pairs("sandwich", channels, layout.axes)
+        self.pairs, self.base = check_pairs("sandwich", channels, layout.axes), base
         if base <= 0:
             raise ValueError(f"sandwich needs a positive base, got {base}")
-        self.speeds = base ** (-torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
-        self.gains = layout.heads / (8.0 * torch.arange(1, layout.heads + 1, device="cpu"))[None]
+        self.gains = [[layout.heads / (8 * h) for h in range(1, layout.heads + 1)]]
         self.keeps_flash = flash
 
     def logits(self, delta: Tensor) -> Tensor:
-        likeness = (delta[..., None] * self.speeds.to(delta.device, delta.dtype)).cos() - 1
-        return constants(self.gains, delta) * likeness.sum(dim=(-2, -1))
+        return constants(self.gains, delta) * (self.angles(delta).cos() - 1).sum(dim=(-2, -1))
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         if not self.keeps_flash:
@@ -56,9 +54,12 @@ class Sandwich(Bias):
 
     def sinusoids(self, coords: Tensor) -> Tensor:
         """Cosines and sines (B, 1, N, channels) of the cells at coordinates."""
-        cells = self.layout.cell(coords if coords.ndim == 3 else coords[None])
-        theta = cells[..., None] * self.speeds.to(cells.device, cells.dtype)
+        theta = self.angles(self.layout.cell(coords if coords.ndim == 3 else coords[None]))
         return torch.stack((theta.cos(), theta.sin()), dim=-1).flatten(2)[:, None]
+
+    def angles(self, x: Tensor) -> Tensor:
+        """Angles (…, A, P) of places or displacements (…, A)."""
+        return x[..., None] * self.base ** (-torch.arange(self.pairs, dtype=x.dtype, device=x.device) / self.pairs)
 
 
 class Untied(Position):
@@ -67,6 +68,7 @@ class Untied(Position):
     Vectors (*grid, C) are resampled to other grids as `learned` does it, normalised, and projected to all heads.
     """
 
+    reversible = True
     relative = False
     extrapolates = False
 

@@ -27,6 +27,7 @@ from .specs import register
 class Terms(Position):
     """Terms that tables along each axis make; subclasses write `rows`."""
 
+    reversible = True
     keeps_flash = False
     extrapolates = False
 
