@@ -44,9 +44,9 @@ def test_sums_are_flat_and_keep_their_order():
     [
         (
             "axail",
-            "no position scheme is called 'axail'; did you mean axial or axial64? There are: alternate, axial, axial64",
+            "no position scheme is called 'axail'; did you mean axial or axial64? There are: alibi, alternate, axial, axial64",
         ),
-        ("zzz", "no position scheme is called 'zzz'; There are: alternate, axial"),
+        ("zzz", "no position scheme is called 'zzz'; There are: alibi, alternate, axial"),
         ("axial(bse=3)", "axial has no option 'bse'; it takes base, share, pairs, fastest"),
         ("none(base=3)", "none has no option 'base'; it takes none"),
         ("axial(base='x')", "axial(base=…) takes a finite number or a tuple, each item a finite number, got 'x'"),

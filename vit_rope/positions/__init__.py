@@ -1,6 +1,6 @@
 """Position schemes: functions of coordinates. This package needs torch alone."""
 
-from . import absolute, coords, presets, rotary, scaling
+from . import absolute, bias, coords, disentangled, factored, learnedbias, presets, relative, rotary, scaling
 from .base import Layout, Position, Sum
 from .encoding import Encoding
 from .rotary import Rotary
@@ -13,10 +13,15 @@ __all__ = [
     "Rotary",
     "Sum",
     "absolute",
+    "bias",
     "build",
     "coords",
+    "disentangled",
+    "factored",
+    "learnedbias",
     "presets",
     "register",
+    "relative",
     "rotary",
     "scaling",
     "schemes",

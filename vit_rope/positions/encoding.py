@@ -91,11 +91,14 @@ def after(encoding: Encoding, prefix: int, key_prefix: int) -> Encoding:
         return encoding
     pad = (key_prefix, 0, prefix, 0)
     bias = encoding.bias and [F.pad(table, pad) for table in encoding.bias]
-    terms = encoding.terms and [
-        [r._replace(index=F.pad(r.index, pad, value=r.table.shape[-2])) for r in layer] for layer in encoding.terms
-    ]
+    terms = encoding.terms and [[_pad(term, pad) for term in layer] for layer in encoding.terms]
     k = encoding.q if encoding.k is None and prefix != key_prefix else encoding.k
     return encoding._replace(k=k, bias=bias, terms=terms, prefix=(prefix, key_prefix))
+
+
+def _pad(term: Relative, pad: tuple[int, ...]) -> Relative:
+    none = term.table.shape[-2]  # padded as 0, for a value to pad with would be a constant of a compiled graph
+    return term._replace(index=F.pad(term.index - none, pad) + none)
 
 
 def combine(a: Encoding, b: Encoding) -> Encoding:
