@@ -10,7 +10,7 @@ for absolute schemes. The base classes do nothing, so a scheme overrides only wh
 import functools
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -105,7 +105,10 @@ def in_python(module: Any) -> Any:
 
 
 class Position(InPython):
-    """A position scheme; this base is `none`, for which tokens form a set."""
+    """A position scheme; this base is `none`, for which tokens form a set.
+
+    What it learns stays in float32 (or float64) under `.bfloat16()` and `.half()`.
+    """
 
     # claims that tests hold every scheme to
     relative: bool = True  # logits depend on displacements alone
@@ -140,6 +143,13 @@ class Position(InPython):
 
     def reset_parameters(self) -> None:
         """Draw the scheme's own parameters anew."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Position":
+        def keep_precision(tensor: Tensor) -> Tensor:  # bfloat16 frequencies are off by a radian at 256 cells
+            moved = fn(tensor)
+            return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device)
+
+        return super()._apply(keep_precision, recurse)
 
     @torch.jit.ignore
     def forward(

@@ -16,7 +16,7 @@ Sources  RoFormer, arXiv:2104.09864 (one axis); RoPE-ViT, arXiv:2403.13298 (axia
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -87,13 +87,6 @@ class Rotary(Position):
         freqs = self.frequencies(coords, grid)
         k = None if key_coords is None else turning(freqs, key_coords)
         return Encoding(turning(freqs, coords, grid), k, stride=self.stride)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
-        def keep_precision(tensor: Tensor) -> Tensor:  # bfloat16 frequencies are off by a radian at 256 cells
-            moved = fn(tensor)
-            return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device)
-
-        return super()._apply(keep_precision, recurse)
 
     def extra_repr(self) -> str:
         layers, heads, axes, pairs = self.initial.shape
