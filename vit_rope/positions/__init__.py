@@ -1,6 +1,6 @@
 """Position schemes: functions of coordinates. This package needs torch alone."""
 
-from . import absolute, coords, presets, rotary, scaling
+from . import absolute, controls, coords, directions, generators, presets, rotary, scaling, variants
 from .base import Layout, Position, Sum
 from .encoding import Encoding
 from .rotary import Rotary
@@ -14,11 +14,15 @@ __all__ = [
     "Sum",
     "absolute",
     "build",
+    "controls",
     "coords",
+    "directions",
+    "generators",
     "modifiers",
     "presets",
     "register",
     "rotary",
     "scaling",
     "schemes",
+    "variants",
 ]
