@@ -12,6 +12,7 @@ from tests.conftest import spec_of
 from vit_rope.attention import attend
 from vit_rope.positions import Encoding, Layout, Position, build, schemes
 from vit_rope.positions.coords import grid
+from vit_rope.positions.encoding import Side
 from vit_rope.vit import RopeViT
 
 GRIDS = {1: (7,), 2: (4, 5), 3: (2, 3, 4)}
@@ -57,7 +58,8 @@ def same(a: Encoding, b: Encoding) -> bool:
 
 
 def weights_of(q, k, encoding, layer=0):
-    """Attention weights (B, H, N, M), read off values that are one-hot."""
+    """Attention weights (B, H, N, M), read off values that are one-hot, which nothing turns."""
+    encoding = encoding._replace(v=Side(), out=Side())
     return attend(q, k, torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:2], -1, -1), encoding, layer)
 
 

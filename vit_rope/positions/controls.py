@@ -52,7 +52,7 @@ class Quaternion(Exponential):
         speeds = geometric(layout.head_dim // 4, base)[:, None, None]
         self.initial = (product[: layout.axes, None] * speeds)[None, None].float()
 
-    def generators(self) -> Tensor:
+    def generators(self, coords: Tensor) -> Tensor:
         return self.initial
 
 

@@ -97,8 +97,8 @@ class Exponential(Position):
     """Queries and keys turned by R(p) = exp(sum_a p_a B_a) as it is written, a dense matrix for each token and head.
 
     For study: where the generators commute, `Rotary` in a basis of its own is the same for the price of a table.
-    Subclasses give generators (L, H, A, S, b, b), L and H being 1 where layers and heads share, or R(p) itself; of
-    blocks that reach beyond the head, what lies in it is taken.
+    Subclasses give generators (L, H, A, S, b, b) for coordinates on that device and in that precision, L and H being 1
+    where layers and heads share, or R(p) itself; of blocks that reach beyond the head, what lies in it is taken.
     """
 
     reversible = True
@@ -107,12 +107,12 @@ class Exponential(Position):
         super().__init__()
         self.size = layout.head_dim
 
-    def generators(self) -> Tensor:
+    def generators(self, coords: Tensor) -> Tensor:
         raise NotImplementedError
 
     def rotations(self, coords: Tensor) -> Tensor:
         """The blocks (L, B, N, H, S, b, b) of R(p) at coordinates (N, A) or (B, N, A)."""
-        return exponential(self.generators(), coords)
+        return exponential(self.generators(coords), coords)
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         k = None if key_coords is None else self._side(key_coords)
@@ -156,8 +156,8 @@ class Commuting(Exponential):
             self.entries.div_(self.entries.norm(dim=-1, keepdim=True))
             self.powers.mul_(geometric(self.powers.shape[-2], self.base)[:, None].to(self.powers))
 
-    def generators(self) -> Tensor:
-        odd = [skew(self.entries, self.block)]
+    def generators(self, coords: Tensor) -> Tensor:
+        odd = [skew(self.entries.to(coords.dtype), self.block)]
         for _ in range(1, self.block // 2):
             odd.append(odd[-1] @ odd[0] @ odd[0])
         return (self.powers[..., None, None] * torch.stack(odd, dim=-3)[:, :, None]).sum(dim=-3)
@@ -185,7 +185,7 @@ class LieRE(Exponential):
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.entries, 0.0, 2 * torch.pi / self.side)
 
-    def generators(self) -> Tensor:
+    def generators(self, coords: Tensor) -> Tensor:
         return skew(self.entries, self.block)
 
 
