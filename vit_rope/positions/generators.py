@@ -162,6 +162,13 @@ class Commuting(Exponential):
             odd.append(odd[-1] @ odd[0] @ odd[0])
         return (self.powers[..., None, None] * torch.stack(odd, dim=-3)[:, :, None]).sum(dim=-3)
 
+    def folded(self) -> tuple[Tensor, Rotary]:
+        """The basis (L, H, D, D) of the generators' planes, and the same positions in it: a `mixed` scheme."""
+        generators = block_diagonal(self.generators(torch.zeros(1, dtype=torch.float64)).detach().double())
+        found = [[spectrum(head) for head in layer] for layer in generators]
+        freqs, basis = (torch.stack([torch.stack([head[i] for head in layer]) for layer in found]) for i in (0, 1))
+        return basis, Rotary(freqs, learned=True)
+
 
 @register
 class LieRE(Exponential):
@@ -194,7 +201,7 @@ class String(Rotary):
     """Axial RoPE in a basis that each head learns: U = (I - S)(I + S)^-1 of a skew-symmetric S, arXiv:2502.02562.
 
     Queries and keys are multiplied by U (D, D), then turned (Cayley-STRING). S begins normal with deviation `std`. The
-    basis can become part of the projections once it is learned: see `vit_rope.fold`. Raises ValueError as `axial`.
+    basis can become part of the projections once it is learned: `vit_rope.fold` does so. Raises ValueError as `axial`.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0, std: float = 0.02, pairs: Pairs = "interleaved") -> None:
@@ -211,6 +218,11 @@ class String(Rotary):
     def basis(self) -> Tensor:
         """The orthogonal matrices U (L, H, D, D)."""
         return cayley(skew(self.entries, self.size))
+
+    def folded(self) -> tuple[Tensor, Rotary]:
+        """The basis (L, H, D, D), and the same positions in it: an `axial` scheme."""
+        exact = cayley(skew(self.entries.detach().double(), self.size))
+        return exact, Rotary(self.initial, self.pairs)
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         encoding = super().encode(coords, key_coords, grid)
