@@ -85,7 +85,7 @@ def nearest(position: Position, layout: Layout, coords: Tensor, seed: int = 0) -
     for queries, keys in ((coords, others), (others, coords)):
         encoding = position(queries, key_coords=keys)
         q, k = (
-            _heads(position.embed(content.expand(1, len(c), -1), c) @ w, layout)
+            _heads(_embedded(position, layout, content.expand(1, len(c), -1), c) @ w, layout)
             for c, w in zip((queries, keys), weights, strict=True)
         )
         for layer in range(layout.depth):
@@ -122,7 +122,7 @@ class _View:
     @torch.no_grad()
     def look(self, coords: Tensor, order: Tensor) -> _Seen:
         """Attention among the tokens in an order, at coordinates (N, A)."""
-        x = self.position.embed(self.x[:, order], coords)
+        x = _embedded(self.position, self.layout, self.x[:, order], coords)
         q, k, v = (_heads(x @ w, self.layout) for w in self.weights)
         encoding = self.position(coords)
         layers = range(self.layout.depth)
@@ -140,6 +140,13 @@ class _View:
             pairs = zip([*self.here.logits, *self.here.outputs], [*there.logits, *there.outputs], strict=True)
             found.append((max(_apart(a, b) for a, b in pairs), shift))
         return max(found, key=lambda pair: pair[0])
+
+
+def _embedded(position: Position, layout: Layout, x: Tensor, coords: Tensor) -> Tensor:
+    """Tokens (1, N, C) that a scheme has placed before all layers that it acts before."""
+    for layer in range(layout.depth if position.each_layer else 1):
+        x = position.embed(x, coords, None, layer)
+    return x
 
 
 def _heads(x: Tensor, layout: Layout) -> Tensor:
