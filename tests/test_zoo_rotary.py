@@ -339,6 +339,8 @@ def test_what_cannot_be_folded():
         fold(RopeViT(32, 16, position="axial", **size))
     with pytest.raises(ValueError, match="queries and keys are normalised after their projection"):
         fold(RopeViT(32, 16, position="string", qk_norm=True, **size))
+    with pytest.raises(ValueError, match="heads that share keys have bases of their own"):
+        fold(RopeViT(32, 16, position="string", num_kv_heads=1, **size))
 
 
 def test_liere_is_the_exponential_and_not_relative():

@@ -15,8 +15,8 @@ def fold(model: RopeViT) -> RopeViT:
 
     (U^T q) · R (U^T k) needs no U where the projections give U^T q and U^T k, so the weights of queries and keys are
     multiplied by it, and the copy's position is the plain rotation: its state dict loads into a model of `axial` with
-    the same base, or of `mixed`. Raises ValueError where positions have no basis, and where queries and keys are
-    normalised between their projection and their positions, for then there is no such weight.
+    the same base, or of `mixed`. Raises ValueError where positions have no basis, and where there is no such weight: if
+    queries and keys are normalised between their projection and their positions, or several heads share their keys.
     """
     model = copy.deepcopy(model)
     position = cast(Position, model.position)
@@ -25,8 +25,11 @@ def fold(model: RopeViT) -> RopeViT:
     if not found:
         raise ValueError("positions have no learned basis to fold; only string and commuting do")
     blocks = [cast(Any, block) for block in model.blocks]
-    if not all(block.attn.packed for block in blocks):
-        raise ValueError("queries and keys are normalised after their projection, so no weight can hold the basis")
+    for attention in (block.attn for block in blocks):
+        if not isinstance(attention.q_norm, nn.Identity) or not isinstance(attention.k_norm, nn.Identity):
+            raise ValueError("queries and keys are normalised after their projection, so no weight can hold the basis")
+        if attention.num_kv_heads != attention.num_heads:
+            raise ValueError("heads that share keys have bases of their own, so no weight of the keys can hold them")
     basis, parts[found[0]] = parts[found[0]].folded()  # attention refuses a second
     for layer, block in enumerate(blocks):
         _multiply(block.attn.qkv, basis[layer % len(basis)])

@@ -154,11 +154,8 @@ class Gate(Position):
     def __init__(self, layout: Layout, scheme: Position, start: float = 1.0) -> None:
         super().__init__()
         self.scheme, self.start = scheme, start
-        self.keeps_flash, self.extrapolates, self.each_layer = (
-            scheme.keeps_flash,
-            scheme.extrapolates,
-            scheme.each_layer,
-        )
+        for claim in ("reversible", "keeps_flash", "extrapolates", "each_layer"):
+            setattr(self, claim, getattr(scheme, claim))
         self.gate = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
