@@ -14,7 +14,7 @@ LAYERS = [
     {"positions"},
     {"attention"},
     {"patches", "vit", "unet", "denoiser", "layouts"},
-    {"convert", "pretrained", "analysis", "sampling", "training"},
+    {"convert", "pretrained", "fold", "analysis", "certify", "sampling", "training"},
     {"plots", "bench"},
     {"__main__"},
 ]

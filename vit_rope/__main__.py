@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 VERBS = {
     "fit": "train a model from a YAML file: fit --config configs/digits_vit.yaml",
@@ -9,7 +10,7 @@ VERBS = {
     "test": "score a checkpoint on the test set: test --ckpt_path RUN",
     "sample": "draw images from a trained denoiser: sample RUN --n 64 --steps 50 --out samples.png",
     "quality": "score samples of a trained denoiser: quality RUN --judge RUN_OF_A_CLASSIFIER",
-    "schemes": "list every position scheme",
+    "schemes": "list every position scheme and what it claims: schemes --sort relative",
     "bench": "measure speed as ratios: bench rotation --out rotation.csv",
     "plot": "draw a picture: plot kernel axial mixed --out kernel.png, or plot study TABLE.csv",
 }
@@ -32,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         quality(args[1:])
     elif verb == "schemes":
-        print(scheme_table())
+        _schemes(args[1:])
     elif verb == "plot":
         _plot(args[1:])
     elif verb == "bench":
@@ -49,9 +50,26 @@ def main(args: Sequence[str] | None = None) -> None:
             raise SystemExit(2)
 
 
-def scheme_table() -> str:
-    """Every registered scheme with its options and the first line of its description, in aligned columns."""
+CLAIMS = ("relative", "reversible", "flash", "learned", "extrapolates")
+
+
+def _schemes(args: list[str]) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "vit-rope schemes",
+        description="List every position scheme with what it claims on an image. relative: logits depend on "
+        "displacements alone; reversible: no two cells of the training grid look the same; flash: attention needs no "
+        "mask; learned: training changes it; extrapolates: places beyond the training grid differ too.",
+    )
+    parser.add_argument("--sort", choices=["scheme", *CLAIMS], default="scheme", help="a column: those that do, first")
+    print(scheme_table(parser.parse_args(args).sort))
+
+
+def scheme_table(sort: str = "scheme") -> str:
+    """Every registered scheme with its claims, its description's first line and its options, sorted by a column."""
     import inspect
+    import textwrap
 
     from .positions.specs import _SCHEMES
 
@@ -59,9 +77,34 @@ def scheme_table() -> str:
     for name, factory in sorted(_SCHEMES.items()):
         parameters = list(inspect.signature(factory).parameters.values())[1:]
         options = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
-        rows.append((f"{name}({options})" if options else name, (factory.__doc__ or "").strip().splitlines()[0]))
-    width = max(len(spec) for spec, _ in rows)
-    return "\n".join(f"{spec:<{width}}  {what}" for spec, what in rows)
+        rows.append((name, _claims(name, parameters), inspect.cleandoc(factory.__doc__ or "").splitlines()[0], options))
+    if sort in CLAIMS:
+        rows.sort(key=lambda row: not row[1][CLAIMS.index(sort)])
+    name_width = max(len(name) for name, *_ in rows)
+    head = f"{'scheme':<{name_width}}  " + "  ".join(CLAIMS) + "  what it does (and its options)"
+    indent = " " * head.index("what it does")
+    lines = [head]
+    for name, claims, what, options in rows:
+        marks = "  ".join(
+            f"{'yes' if claim else '-':<{len(title)}}" for claim, title in zip(claims, CLAIMS, strict=True)
+        )
+        text = textwrap.wrap(what, 120 - len(indent)) + textwrap.wrap(
+            f"({options})" if options else "", 120 - len(indent)
+        )
+        lines += [f"{name:<{name_width}}  {marks}  {text[0]}", *(indent + line for line in text[1:])]
+    return "\n".join(lines)
+
+
+def _claims(name: str, parameters: list[Any]) -> tuple[bool, ...]:
+    """What a scheme claims on an image, or on a signal where it has no form for images; modifiers with axial inside."""
+    from .positions import Layout, build
+
+    inside = ", ".join("axial" for p in parameters if p.default is p.empty and p.kind is not p.KEYWORD_ONLY)
+    try:
+        scheme = build(f"{name}({inside})", Layout(width=48, heads=2, grid=(14, 14), depth=2))
+    except ValueError:
+        scheme = build(f"{name}({inside})", Layout(width=48, heads=2, grid=(14,), depth=2))
+    return scheme.relative, scheme.reversible, scheme.keeps_flash, scheme.learned, scheme.extrapolates
 
 
 def _plot(args: list[str]) -> None:

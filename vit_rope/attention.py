@@ -95,6 +95,7 @@ def attend_packed(
         encoding = encoding._replace(q=Side())
     else:
         q, k, v = groups.transpose(1, 3).unbind(2)
+        overwrite = False  # of several views of one tensor autograd lets none be overwritten
     return attend(q, k, v, encoding, layer, mask, causal, dropout, fused, overwrite)
 
 

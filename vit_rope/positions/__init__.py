@@ -1,6 +1,21 @@
 """Position schemes: functions of coordinates. This package needs torch alone."""
 
-from . import absolute, bias, coords, disentangled, factored, learnedbias, presets, relative, rotary, scaling
+from . import (
+    absolute,
+    bias,
+    controls,
+    coords,
+    directions,
+    disentangled,
+    factored,
+    generators,
+    learnedbias,
+    presets,
+    relative,
+    rotary,
+    scaling,
+    variants,
+)
 from .base import Layout, Position, Sum
 from .encoding import Encoding
 from .rotary import Rotary
@@ -15,9 +30,12 @@ __all__ = [
     "absolute",
     "bias",
     "build",
+    "controls",
     "coords",
+    "directions",
     "disentangled",
     "factored",
+    "generators",
     "learnedbias",
     "presets",
     "register",
@@ -25,4 +43,5 @@ __all__ = [
     "rotary",
     "scaling",
     "schemes",
+    "variants",
 ]

@@ -118,6 +118,7 @@ class Position(InPython):
 
     each_layer: bool = False  # whether `add` acts again before the layers after the first
     axes: int | None = None  # how many axes coordinates must have; None takes any
+    made_for: Layout | None = None  # what `build` made it for
 
     __jit_unused_properties__ = ("learned",)  # TorchScript would compile them
 

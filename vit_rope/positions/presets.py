@@ -255,7 +255,7 @@ class VJepa2(Position):
     weights that were trained so.
     """
 
-    relative = False
+    relative, reversible = False, True
 
     def __init__(self, layout: Layout, base: float = 10000.0) -> None:
         super().__init__()

@@ -53,7 +53,8 @@ class Rotary(Position):
 
     Fixed frequencies are constants of the scheme, neither parameters nor buffers: no cast, no meta device and no
     checkpoint can change them. Learned ones are one float32 parameter, which keeps that precision under `.bfloat16()`
-    and `.half()`. Raises ValueError for frequencies of another shape or a value that is not finite.
+    and `.half()`. Reversible where the frequencies of each layer and head tell all axes apart. Raises ValueError for
+    frequencies of another shape or a value that is not finite.
     """
 
     def __init__(self, freqs: Tensor, pairs: Pairs = "interleaved", learned: bool = False) -> None:
@@ -69,8 +70,9 @@ class Rotary(Position):
         self.axes, self.pairs = freqs.shape[-2], pairs
         self.stride = {"interleaved": 1, "half": freqs.shape[-1], "axis": freqs.shape[-1] // self.axes}[pairs]
         self.initial = freqs.detach().to("cpu", torch.float32)  # what fixed frequencies are and learned ones begin as
+        self.reversible = bool((torch.linalg.matrix_rank(self.initial) == self.axes).all())
         self.freqs = nn.Parameter(torch.empty(freqs.shape, dtype=torch.float32)) if learned else None
-        self.reset_parameters()
+        Rotary.reset_parameters(self)
 
     def reset_parameters(self) -> None:
         if self.freqs is not None:
@@ -93,8 +95,26 @@ class Rotary(Position):
         speeds = self.initial.norm(dim=2)
         turning = speeds[speeds > 0]
         periods = f"{2 * math.pi / turning.max():.3g} to {2 * math.pi / turning.min():.3g}" if len(turning) else "none"
-        kind = "learned from" if self.freqs is not None else "of"
+        kind = "learned from" if self.learned else "of"
         return f"{pairs} {self.pairs} pairs on {axes} axes, {layers} layers x {heads} heads, {kind} periods {periods}"
+
+
+class Paced(Rotary):
+    """A Rotary that turns along fixed `directions` (A, R), at `speeds` (L, H, R) that it learns, from the given on."""
+
+    def __init__(self, directions: Tensor, speeds: Tensor, pairs: Pairs = "interleaved") -> None:
+        super().__init__(directions * speeds[:, :, None], pairs)
+        self.directions = directions.to("cpu", torch.float32)
+        self.first = speeds.to("cpu", torch.float32)
+        self.speeds = nn.Parameter(torch.empty(speeds.shape, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.speeds.copy_(self.first)
+
+    def frequencies(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        return self.speeds.to(coords.dtype)[:, :, None] * self.directions.to(coords.device, coords.dtype)
 
 
 @register
@@ -104,14 +124,16 @@ def axial(
     share: Literal["equal", "rest", "first", "last"] | tuple[int, ...] = "equal",
     pairs: Pairs = "interleaved",
     fastest: float = 1.0,
+    learned: bool = False,
 ) -> Rotary:
     """Each axis turns channel pairs of its own: of two axes, half the head by the row, half by the column.
 
     The frequencies of an axis with P pairs are `fastest` * base^(-j/P), j = 0 … P - 1, in radians per unit; `base` may
     be one for each axis. `share` deals out the head's channels: "equal" is the same for every axis and must divide;
     "rest" leaves what does not divide un-rotated, at the end; "first" and "last" give it to that axis; a tuple such as
-    (16, 24, 24) gives each axis its own even number of channels, the rest staying un-rotated. Raises ValueError where
-    the head's channels cannot be dealt out so (arXiv:2403.13298, RoPE-Axial).
+    (16, 24, 24) gives each axis its own even number of channels, the rest staying un-rotated. With learned=True every
+    layer and head learns its own frequencies, from these on. Raises ValueError where the head's channels cannot be
+    dealt out so (arXiv:2403.13298, RoPE-Axial; arXiv:2401.11605 learns them).
     """
     counts = _deal(layout, share)
     bases = base if isinstance(base, tuple) else (base,) * layout.axes
@@ -124,6 +146,8 @@ def axial(
     for axis, (count, axis_base) in enumerate(zip(counts, bases, strict=True)):
         freqs[..., axis, start : start + count] = fastest * geometric(count, axis_base)
         start += count
+    if learned:
+        return Paced(freqs[0, 0].sign(), freqs.sum(dim=2).expand(layout.depth, layout.heads, -1), pairs)
     return Rotary(freqs, pairs)
 
 

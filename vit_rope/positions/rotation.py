@@ -230,7 +230,7 @@ def as_complex(x: Tensor) -> Tensor:
 def _turn_gradient(turned: Any, grads: Any, turn: Tensor, stride: int, prefix: int) -> Tensor:
     """The gradient of the turn (B or 1, N, H or 1, R, 2) along its circle, from what was turned and its gradient.
 
-    Of y = x t with |t| = 1 it is i t Im(conj(y) g), summed over all that t turns.
+    Of y = x t it is i t Im(conj(y) g) / |t|^2, summed over all that t turns; |t| is 1 but for a constant decay in it.
     """
     angle: Any = 0
     for y, grad in zip(turned, grads, strict=True):  # (B, N, H, D)
@@ -242,7 +242,7 @@ def _turn_gradient(turned: Any, grads: Any, turn: Tensor, stride: int, prefix: i
             some = torch.linalg.vecdot(pairs, back, dim=0).imag[None] if shared else (pairs.conj() * back).imag
             found.append(some if turn.shape[2] > 1 else some.sum(dim=2, keepdim=True))
         angle = angle + (sum(found) if shared else torch.cat(found))
-    across = torch.stack((-turn[..., 1], turn[..., 0]), dim=-1)  # i t
+    across = torch.stack((-turn[..., 1], turn[..., 0]), dim=-1) / turn.square().sum(dim=-1, keepdim=True)  # i t / |t|^2
     return across * angle[..., None].to(turn.dtype)
 
 

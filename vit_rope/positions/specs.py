@@ -55,7 +55,7 @@ def build(spec: str, layout: Layout) -> Position:
         raise ValueError(f'cannot read position spec {spec!r}: expected e.g. "axial(base=100) + learned"') from error
     except (ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"cannot build position {spec!r}: {error or type(error).__name__}") from error
-    position.axes = layout.axes
+    position.axes, position.made_for = layout.axes, layout
     return position
 
 
