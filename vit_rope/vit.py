@@ -29,10 +29,11 @@ from .attention import attend, attend_packed, unread
 from .patches import Locate, PatchEmbed2d, PatchEmbedNd, by, sizes
 from .positions import Encoding, Layout, Position, build
 from .positions import coords as places
-from .positions.absolute import Learned, learned_vectors, sincos_vectors
+from .positions.absolute import Learned
+from .positions.base import embedded
 
 register_notrace_module(Position)
-for function in (attend, attend_packed, learned_vectors, sincos_vectors, places.take):
+for function in (attend, attend_packed, embedded, places.take):
     register_notrace_function(function)
 
 

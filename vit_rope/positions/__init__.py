@@ -1,6 +1,6 @@
 """Position schemes: functions of coordinates. This package needs torch alone."""
 
-from . import absolute, coords, rotary, scaling
+from . import absolute, convolution, coords, flows, fourier, joining, rotary, scaling
 from .base import Layout, Position, Sum
 from .encoding import Encoding
 from .rotary import Rotary
@@ -14,7 +14,11 @@ __all__ = [
     "Sum",
     "absolute",
     "build",
+    "convolution",
     "coords",
+    "flows",
+    "fourier",
+    "joining",
     "register",
     "rotary",
     "scaling",
