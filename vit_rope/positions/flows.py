@@ -74,8 +74,10 @@ class Floater(Absolute):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.start, std=0.02)
-        nn.init.normal_(self.inner_bias)  # begins as waves of velocity that differ between hidden channels
-        nn.init.normal_(self.inner)
+        nn.init.normal_(self.inner, std=self.start.shape[-1] ** -0.5)  # gentle enough for few steps
+        with torch.no_grad():
+            self.inner[:, 0].normal_(std=3.0)  # velocities that change over a grid, each at a time of its own
+        nn.init.normal_(self.inner_bias)
         nn.init.normal_(self.outer, std=self.outer.shape[1] ** -0.5)
 
     def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:

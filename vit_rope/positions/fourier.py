@@ -54,11 +54,16 @@ class Fourier(Absolute):
             with torch.no_grad():  # a radian per cell, of which the span from -1 to 1 has n
                 spans = torch.tensor(self.layout.grid, dtype=torch.float32, device=self.freqs.device)
                 self.freqs.normal_().mul_(spans[:, None] / 2)
-        for weight in (self.inner, self.outer):
-            nn.init.normal_(weight, std=(weight.shape[1] / (2 if weight is self.inner else 1)) ** -0.5)
+        nn.init.normal_(self.inner, std=(self.inner.shape[1] / 2) ** -0.5)  # a sine's and a cosine's squares sum to 1
         nn.init.zeros_(self.inner_bias)
+        nn.init.normal_(self.outer, std=self.outer.shape[1] ** -0.5)
 
     def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
+        inner, bias, outer = (weight.to(coords.dtype) for weight in (self.inner, self.inner_bias, self.outer))
+        return F.linear(F.gelu(F.linear(self.waves(coords, grid), inner, bias)), outer)
+
+    def waves(self, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
+        """Sines, then cosines (…, 2W) at coordinates (…, A); octaves an axis at a time."""
         cells = self.layout.cell(coords, grid)
         sizes = self.layout.grid if grid is None else grid
         places = torch.stack([(2 * cells[..., a] + 1) / n - 1 for a, n in enumerate(sizes)], dim=-1)
@@ -67,9 +72,7 @@ class Fourier(Absolute):
             theta = (places[..., None] * octaves).flatten(-2)
         else:
             theta = (places[..., None] * self.freqs.to(coords.dtype)).sum(dim=-2)
-        waves = torch.cat((theta.sin(), theta.cos()), dim=-1)
-        inner, bias, outer = (weight.to(coords.dtype) for weight in (self.inner, self.inner_bias, self.outer))
-        return F.linear(F.gelu(F.linear(waves, inner, bias)), outer)
+        return torch.cat((theta.sin(), theta.cos()), dim=-1)
 
 
 @register
