@@ -12,5 +12,6 @@ def spec_of(name: str) -> str:
     from vit_rope.positions import specs
 
     parameters = list(inspect.signature(specs._SCHEMES[name]).parameters.values())[1:]
-    parts = ["learned" if name == "inject" else "axial" for parameter in parameters if parameter.default is parameter.empty]
+    part = "learned" if name == "inject" else "axial"
+    parts = [part for parameter in parameters if parameter.default is parameter.empty]
     return f"{name}({', '.join(parts)})" if parts else name

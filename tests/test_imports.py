@@ -13,7 +13,7 @@ ROOT = Path(vit_rope.__file__).parent
 LAYERS = [
     {"positions"},
     {"attention"},
-    {"patches", "vit", "unet", "denoiser"},
+    {"patches", "memory", "vit", "unet", "denoiser"},
     {"convert", "analysis", "sampling", "training"},
     {"plots", "bench"},
     {"__main__"},

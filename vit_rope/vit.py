@@ -7,7 +7,7 @@ makes the same model one of video (B, C, T, H, W), `patch_size=(16,)` one of sig
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.fx
@@ -25,7 +25,8 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .attention import attend, attend_packed, unread
+from .attention import attend, attend_linear, attend_packed, check_linear, unread
+from .memory import remembering
 from .patches import Locate, PatchEmbed2d, PatchEmbedNd, by, sizes
 from .positions import Encoding, Layout, Position, build
 from .positions import coords as places
@@ -33,7 +34,7 @@ from .positions.absolute import Learned
 from .positions.base import embedded
 
 register_notrace_module(Position)
-for function in (attend, attend_packed, embedded, places.take):
+for function in (attend, attend_linear, attend_packed, embedded, remembering, places.take):
     register_notrace_function(function)
 
 
@@ -44,6 +45,11 @@ class RopeAttention(Attention):
         super().__init__(*args, **kwargs)
         self.layer = 0  # the block says which
         self.packed = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        self.linear = False
+
+    def linearise(self) -> None:
+        """Become linear attention, whose cost grows with the tokens and not with their square."""
+        self.linear, self.packed = True, False
 
     def forward(  # pyrefly: ignore[bad-override]  an encoding is required on purpose
         self, x: Tensor, encoding: Encoding, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -61,7 +67,10 @@ class RopeAttention(Attention):
         else:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
             q, k = self.q_norm(q), self.k_norm(k)
-            x = attend(q, k, v, encoding, layer, attn_mask, is_causal, dropout, fused, False)
+            if self.linear:
+                x = attend_linear(q, k, v, encoding, layer, attn_mask, is_causal)
+            else:
+                x = attend(q, k, v, encoding, layer, attn_mask, is_causal, dropout, fused, False)
         x = self.norm(x.transpose(1, 2).flatten(2))
         if gate is not None:
             x = x * gate
@@ -87,10 +96,11 @@ class RopeViT(VisionTransformer):
     """timm's VisionTransformer with `position`, a spec of any registered scheme, in place of its learned table.
 
     Takes every argument of timm's class but `attn_layer` and `block_fn`. `position_unit` and `position_origin` say how
-    patches get coordinates, as in `positions.coords.grid`; class and register tokens have no place. timm's own table
-    (`pos_embed="learn"`, which also has a row for the class token) is off unless asked for. `img_size` and `patch_size`
-    of one or three numbers make a model of signals or of video. Raises ValueError where a spec, a size or a head
-    dimension does not fit, before any weight is made.
+    patches get coordinates, as in `positions.coords.grid`; class and register tokens have no place. `attention` is
+    "softmax" or "linear" (`attention.attend_linear`). `memory_tokens` are registers, the last of them, that a call may
+    be given from an earlier one (`memory.Reader`). timm's own table (`pos_embed="learn"`, which also has a row for the
+    class token) is off unless asked for. `img_size` and `patch_size` of one or three numbers make a model of signals or
+    of video. Raises ValueError where a spec, a size or a head dimension does not fit, before any weight is made.
     """
 
     def __init__(
@@ -102,6 +112,9 @@ class RopeViT(VisionTransformer):
         position: str = "axial",
         position_unit: str = "index",
         position_origin: float | str | Sequence[float] = 0.0,
+        attention: Literal["softmax", "linear"] = "softmax",
+        memory_tokens: int = 0,
+        reg_tokens: int = 0,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -127,6 +140,14 @@ class RopeViT(VisionTransformer):
         layout = Layout(embed_dim, num_heads, grid, depth, position_unit, origin)
         layout.coords()  # an origin that does not fit is found here
         scheme = build(position, layout)
+        if memory_tokens < 0:
+            raise ValueError(f"memory_tokens is a number of tokens, 0 or more, got {memory_tokens}")
+        if attention not in ("softmax", "linear"):
+            raise ValueError(f"attention is 'softmax' or 'linear', got {attention!r}")
+        if attention == "linear":
+            check_linear(scheme(layout.coords()))
+            if kwargs.get("attn_drop_rate", 0.0) > 0:
+                raise ValueError("linear attention has no weights to drop; leave attn_drop_rate out")
         super().__init__(
             cast(Any, image),
             cast(Any, patch),
@@ -134,6 +155,7 @@ class RopeViT(VisionTransformer):
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
+            reg_tokens=reg_tokens + memory_tokens,
             pos_embed=pos_embed,
             dynamic_img_size=dynamic_img_size,
             dynamic_img_pad=dynamic_img_pad,
@@ -142,11 +164,16 @@ class RopeViT(VisionTransformer):
             device=device,
             **kwargs,
         )
+        self.memory_tokens = memory_tokens
+        if memory_tokens > 0:  # on the scale of the normed memory that later segments begin with
+            nn.init.normal_(cast(Tensor, self.reg_token)[:, reg_tokens:].detach())
         self.locate = Locate(layout, in_chans, image, patch, dynamic_img_pad)
         if dynamic_img_size:
             self.locate.image = None
         self.position = scheme if device is None else scheme.to(device)
         self.each_layer = scheme.each_layer
+        for block in self.blocks if attention == "linear" else ():
+            cast(Any, block).attn.linearise()
         # a Sequential could be called as a whole, and would run without positions
         self.blocks = nn.ModuleList(self.blocks)  # pyrefly: ignore[bad-assignment]
         rate = kwargs.get("patch_drop_rate", 0.0)
@@ -170,7 +197,9 @@ class RopeViT(VisionTransformer):
         self.locate.patch = tuple(self.patch_embed.patch_size)
         self.locate.image = None if self.dynamic_img_size else tuple(self.patch_embed.img_size)
 
-    def _embed(self, x: Tensor, coords: Tensor | None) -> tuple[Tensor, Encoding, Tensor, list[int] | None]:
+    def _embed(
+        self, x: Tensor, coords: Tensor | None, memory: Tensor | None = None
+    ) -> tuple[Tensor, Encoding, Tensor, list[int] | None]:
         """Images to tokens (B, prefix + N, C), the encoding of their places, and those places."""
         located = self.locate(x, coords)  # by index, for FX cannot unpack it
         where, grid = located[0], located[1]
@@ -180,6 +209,7 @@ class RopeViT(VisionTransformer):
         x = self._pos_embed(x.view(shape) if self.dynamic_img_size else x)
         if self.pos_embed is None:
             x = self.pos_drop(x)
+        x = remembering(x, memory, self.num_prefix_tokens, self.memory_tokens)
         if self.patch_drop is not None:
             x, keep = self.patch_drop(x)
             if keep is not None:
@@ -197,9 +227,13 @@ class RopeViT(VisionTransformer):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         coords: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> Tensor:
-        """Images (B, C, *sizes) to tokens (B, prefix + N, C), at the caller's `coords` (N, A) or (B, N, A) if given."""
-        x, encoding, where, grid = self._embed(x, coords)
+        """Images (B, C, *sizes) to tokens (B, prefix + N, C), at the caller's `coords` (N, A) or (B, N, A) if given.
+
+        `memory` (B, memory_tokens, C) is what an earlier call left, in place of the learned tokens that it begins with.
+        """
+        x, encoding, where, grid = self._embed(x, coords, memory)
         for i, block in enumerate(self.blocks):
             if i > 0 and self.each_layer:
                 x = self._embed_again(x, where, grid, i)
