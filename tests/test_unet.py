@@ -34,7 +34,7 @@ from torch import nn
 
 from tests.conftest import spec_of
 from vit_rope import unet as unets
-from vit_rope.positions import Rotary, schemes
+from vit_rope.positions import Layout, Rotary, build, schemes
 from vit_rope.unet import RopeUNet2DConditionModel, RopeUNet2DModel, add_positions, remove_positions
 from vit_rope.unet.maps import map_layout
 
@@ -256,7 +256,7 @@ def test_parameters_belong_to_positions_alone():
     for spec in SPECS:
         more = set(add_positions(plain(), spec).state_dict()) - keys
         assert all(".position." in key for key in more)
-        assert bool(more) == ("mixed" in spec or "learned" in spec)
+        assert bool(more) == build(spec, Layout(width=16, heads=2, grid=(4, 4), depth=1)).learned
 
 
 @pytest.mark.parametrize("make", [plain, text])
