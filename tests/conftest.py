@@ -7,7 +7,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-MODIFIES = {"gate": "learned"}  # where axial will not do
+MODIFIES = {"gate": "learned", "inject": "learned"}  # where axial will not do
 
 
 def spec_of(name: str) -> str:

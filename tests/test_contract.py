@@ -19,6 +19,7 @@ GRIDS = {1: (7,), 2: (4, 5), 3: (2, 3, 4)}
 SPECS = [*map(spec_of, schemes()), "learned + mixed", "axial + mixed", "sincos(axes=1) + flat"]
 SPECS += ['axial(pairs="half", share="rest")', "dynamic(learned + mixed)", "xy(mixed)"]
 SPECS += ['axial(learned=True, share="rest")', "learned + string", "valuerope(undo=False)", "orthogonal(determinant=1)"]
+SPECS += ['fourier(bands="learned")', 'hierarchical(tables="axes")', 'peg(padding="circular")']
 EXCLUDED = {  # what the mathematics forbids
     ("xpos", 2): "a decay in all directions is no product of what queries and keys each multiply in",
     ("xpos", 3): "as on 2 axes",
@@ -41,9 +42,15 @@ def tokens(layout, batch=2, seed=1):
 
 def run(position, layout, coords, x, weights, layer=1, grid=None):
     """One attention layer (B, H, N, D) over tokens that a scheme places, all of it in float64."""
-    x = position.embed(x, coords, grid)
-    q, k, v = _heads(x, weights, layout)
+    q, k, v = _heads(embedded(position, layout, x, coords, grid), weights, layout)
     return attend(q, k, v, position(coords, grid=grid), layer)
+
+
+def embedded(position, layout, x, coords, grid=None):
+    """Tokens that a scheme has placed before every layer that it acts before."""
+    for layer in range(layout.depth if position.each_layer else 1):
+        x = position.embed(x, coords, grid, layer)
+    return x
 
 
 def _heads(x, weights, layout):
@@ -69,7 +76,7 @@ def test_relative_means_relative(spec, axes):
     position, layout = make(spec, axes)
     x, weights = tokens(layout)
     coords = layout.coords().double()
-    shift = torch.tensor([0.37, -1.21, 2.5], dtype=torch.float64)[:axes]
+    shift = torch.tensor([1.37, -1.21, 2.5], dtype=torch.float64)[:axes]
     here, there = (run(position, layout, c, x, weights) for c in (coords, coords + shift))
     if position.relative:
         torch.testing.assert_close(here, there, rtol=0, atol=1e-6)
@@ -113,7 +120,7 @@ def test_keys_elsewhere_are_a_part_of_all_keys(spec, axes):
     position, layout = make(spec, axes)
     x, weights = tokens(layout)
     coords = layout.coords().double()
-    q, k, v = _heads(position.embed(x, coords), weights, layout)
+    q, k, v = _heads(embedded(position, layout, x, coords), weights, layout)
     all_keys = attend(q, k[:, :, ::2], v[:, :, ::2], position(coords, key_coords=coords[::2]), 2)
     some = attend(q[:, :, 3:], k[:, :, ::2], v[:, :, ::2], position(coords[3:], key_coords=coords[::2]), 2)
     torch.testing.assert_close(all_keys[:, :, 3:], some, rtol=0, atol=1e-12)
@@ -171,7 +178,8 @@ def test_copies_and_the_meta_device_keep_the_tables(spec, axes):
     ghost.load_state_dict(position.state_dict())
     assert same(ghost(coords), want)
     x, _ = tokens(layout)
-    torch.testing.assert_close(ghost.embed(x, coords), position.embed(x, coords), rtol=0, atol=0)
+    ours, theirs = (embedded(p, layout, x, coords) for p in (position, ghost))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
@@ -227,7 +235,7 @@ def test_attention_returns_the_type_it_was_given(spec, axes, dtype):
     q = torch.randn(1, layout.heads, len(coords), layout.head_dim, dtype=dtype)
     assert attend(q, q, q, position(coords)).dtype == dtype
     x = torch.randn(1, len(coords), layout.width, dtype=dtype)
-    assert position.embed(x, coords).dtype == dtype
+    assert embedded(position, layout, x, coords).dtype == dtype
 
 
 SIZES = {

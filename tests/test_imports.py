@@ -13,7 +13,7 @@ ROOT = Path(vit_rope.__file__).parent
 LAYERS = [
     {"positions"},
     {"attention"},
-    {"patches", "vit", "unet", "denoiser", "layouts"},
+    {"patches", "memory", "vit", "unet", "denoiser", "layouts"},
     {"convert", "pretrained", "fold", "analysis", "certify", "sampling", "training"},
     {"plots", "bench"},
     {"__main__"},

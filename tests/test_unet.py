@@ -34,7 +34,7 @@ from torch import nn
 
 from tests.conftest import spec_of
 from vit_rope import unet as unets
-from vit_rope.positions import Rotary, schemes
+from vit_rope.positions import Layout, Rotary, build, schemes
 from vit_rope.unet import RopeUNet2DConditionModel, RopeUNet2DModel, add_positions, remove_positions
 from vit_rope.unet.maps import map_layout
 
@@ -256,7 +256,7 @@ def test_parameters_belong_to_positions_alone():
     for spec in SPECS:
         more = set(add_positions(plain(), spec).state_dict()) - keys
         assert all(".position." in key for key in more)
-        assert bool(more) == ("mixed" in spec or "learned" in spec)
+        assert bool(more) == build(spec, Layout(width=16, heads=2, grid=(4, 4), depth=1)).learned
 
 
 @pytest.mark.parametrize("make", [plain, text])
@@ -438,7 +438,13 @@ def test_what_a_folder_does_not_have_begins_anew(spec, tmp_path):
 
 def test_config_keys_stand_beside_the_stock_ones():
     stock, ours = plain().config, rope().config
-    keys = {"position": "axial", "position_unit": "index", "position_origin": 0.0, "zero_init": False}
+    keys = {
+        "position": "axial",
+        "position_unit": "index",
+        "position_origin": 0.0,
+        "zero_init": False,
+        "attention": "softmax",
+    }
     assert {key: ours[key] for key in set(ours) - set(stock)} == keys
     with pytest.raises(TypeError, match="positoin"):
         RopeUNet2DModel(**SMALL, positoin="axial")
@@ -773,14 +779,14 @@ def test_linear_attention_turns_the_numerator_alone():
     layout = map_layout(8, 1, 8, 0, (3, 4), "index", 0.0)
     encoding = unets.build_at("", 0, "axial", layout, "")(layout.coords())
     q, k, v = torch.rand(3, 1, 1, 12, 8).unbind(0)
-    out = lucidrains.attend_linear(q, k, v, encoding)
+    out = lucidrains.attend_features(q, k, v, encoding)
     turn = encoding.q.turn[0][0, :, 0]  # (N, R, 2)
     rotation = torch.stack([torch.block_diag(*(torch.stack((c, -s, s, c)).view(2, 2) for c, s in t)) for t in turn])
     for m in range(12):  # RoFormer, equation 19, one token at a time
         weights = torch.stack([(rotation[m] @ q[0, 0, m]) @ (rotation[n] @ k[0, 0, n]) for n in range(12)])
         torch.testing.assert_close(out[0, 0, m], weights @ v[0, 0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="linear attention has no logits"):
-        lucidrains.attend_linear(q, k, v, encoding._replace(bias=[torch.zeros(1, 1, 12, 12)]))
+        lucidrains.attend_features(q, k, v, encoding._replace(bias=[torch.zeros(1, 1, 12, 12)]))
 
 
 def test_lucidrains_bad_input(lucid):

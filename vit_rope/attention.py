@@ -99,21 +99,61 @@ def attend_packed(
     return attend(q, k, v, encoding, layer, mask, causal, dropout, fused, overwrite)
 
 
-def attend_linear(q: Tensor, k: Tensor, v: Tensor, encoding: Encoding, layer: int = 0) -> Tensor:
+@torch.fx.wrap
+@torch.jit.ignore
+def attend_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    encoding: Encoding,
+    layer: int = 0,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
     """Linear attention (B, H, N, E) of queries (B, H, N, D) over keys (B, H, M, D) and values (B, H, M, E), turned.
 
-    Queries and keys come with their feature maps applied and normalised: the weights that they are divided by stay
-    positive when positions turn the numerator alone, as in section 3.3 of RoFormer (arXiv:2104.09864). Raises
-    ValueError for an encoding that adds to logits, for there are none.
+    out_i = sum_j (R_i f(q_i)) · (R_j f(k_j)) v_j / sum_j f(q_i) · f(k_j) with features f = elu + 1 (arXiv:2006.16236):
+    positions turn the numerator alone, for what it is divided by must stay positive (RoFormer, arXiv:2104.09864,
+    section 3.3). `mask` (…, 1, M) is True for keys that may be seen. Raises ValueError for any other mask, for causal
+    attention, and for an encoding that `check_linear` refuses.
     """
-    if encoding.bias or encoding.terms or encoding.q.extra:
-        raise ValueError("linear attention has no logits, so a scheme that adds a bias to them cannot place it")
+    if causal or (mask is not None and (mask.dtype != torch.bool or mask.ndim < 2 or mask.shape[-2] != 1)):
+        raise ValueError(
+            "linear attention sums the keys once for all queries, so it cannot be causal, "
+            "and takes a mask of keys alone: True for those to see, of shape (…, 1, keys)"
+        )
+    precise = torch.float64 if v.dtype == torch.float64 else torch.float32
+    q, k = (F.elu(t.to(precise)) + 1 for t in (q, k))
+    k = k / k.shape[2]  # a mean, for sums over many keys leave the range of float16
+    if mask is not None:
+        k = k * mask.transpose(-2, -1)
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    q = q / (q * k.sum(dim=2, keepdim=True)).sum(dim=-1, keepdim=True)
+    return attend_features(q.to(v.dtype), k.to(v.dtype), v, encoding, layer)
+
+
+def attend_features(q: Tensor, k: Tensor, v: Tensor, encoding: Encoding, layer: int = 0) -> Tensor:
+    """The numerator of linear attention, of queries and keys that have their features and are normalised already.
+
+    Temperatures of an encoding do nothing here: they would scale the weights and their sum alike. Raises ValueError for
+    an encoding that `check_linear` refuses.
+    """
+    check_linear(encoding)
     side_k = encoding.q if encoding.k is None else encoding.k
     q = _placed(q, encoding.q, encoding, layer, encoding.prefix[0], "queries", False)
     k = _placed(k, side_k, encoding, layer, encoding.prefix[1], "keys", False)
     v = _turned(v, encoding.v, encoding.stride, layer, encoding.prefix[1], "values")
     out = q @ (k.transpose(-2, -1) @ v)
     return _turned(out, encoding.out, encoding.stride, layer, encoding.prefix[0], "outputs")
+
+
+def check_linear(encoding: Encoding) -> None:
+    """Raise ValueError for an encoding of which linear attention could only do a part."""
+    if encoding.bias or encoding.terms or encoding.q.extra:
+        raise ValueError("linear attention has no logits, so a scheme that adds a bias to them cannot place it")
+    if encoding.polar:
+        raise ValueError("linear attention has features of its own, so a scheme that makes others cannot place it")
 
 
 def unread(*projections: nn.Module) -> bool:

@@ -7,7 +7,7 @@ makes the same model one of video (B, C, T, H, W), `patch_size=(16,)` one of sig
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.fx
@@ -36,15 +36,17 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .attention import attend, attend_packed, unread
+from .attention import attend, attend_linear, attend_packed, check_linear, unread
 from .layouts import translate
+from .memory import remembering
 from .patches import Locate, PatchEmbed2d, PatchEmbedNd, by, sizes
 from .positions import Encoding, Layout, Position, build
 from .positions import coords as places
-from .positions.absolute import Learned, learned_vectors, sincos_vectors
+from .positions.absolute import Learned
+from .positions.base import embedded
 
 register_notrace_module(Position)
-for function in (attend, attend_packed, learned_vectors, sincos_vectors, places.take):
+for function in (attend, attend_linear, attend_packed, embedded, remembering, places.take):
     register_notrace_function(function)
 
 
@@ -59,6 +61,11 @@ class RopeAttention(Attention):
         self.layer = 0  # the block says which
         self.num_kv_heads = self.num_heads
         self.packed = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        self.linear = False
+
+    def linearise(self) -> None:
+        """Become linear attention, whose cost grows with the tokens and not with their square."""
+        self.linear, self.packed = True, False
 
     def group(self, num_kv_heads: int) -> None:
         """Let groups of queries share keys and values of fewer heads (arXiv:2305.13245), before weights are drawn."""
@@ -87,7 +94,10 @@ class RopeAttention(Attention):
             heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
             q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(heads, dim=1)
             q, k = self.q_norm(q), self.k_norm(k)
-            x = attend(q, k, v, encoding, layer, attn_mask, is_causal, dropout, fused, False)
+            if self.linear:
+                x = attend_linear(q, k, v, encoding, layer, attn_mask, is_causal)
+            else:
+                x = attend(q, k, v, encoding, layer, attn_mask, is_causal, dropout, fused, False)
         x = self.norm(x.transpose(1, 2).flatten(2))
         if gate is not None:
             x = x * gate
@@ -117,9 +127,11 @@ class RopeViT(VisionTransformer):
 
     Takes every argument of timm's class but `attn_layer` and `block_fn`. `position_unit` and `position_origin` say how
     patches get coordinates, as in `positions.coords.grid`, and `position_shift`, `position_jitter`, `position_rescale`
-    how training varies them, as in `coords.augment`; class and register tokens have no place. timm's own table
-    (`pos_embed="learn"`, which also has a row for the class token) is off unless asked for. `img_size` and `patch_size`
-    of one or three numbers make a model of signals or of video.
+    how training varies them, as in `coords.augment`; class and register tokens have no place. `attention` is "softmax"
+    or "linear" (`attention.attend_linear`). `memory_tokens` are registers, the last of them, that a call may be given
+    from an earlier one (`memory.Reader`). timm's own table (`pos_embed="learn"`, which also has a row for the class
+    token) is off unless asked for. `img_size` and `patch_size` of one or three numbers make a model of signals or of
+    video.
 
     What rotary models of timm's other classes have, by their names there: `norm_eps`, `mlp_layer` as a name ("mlp",
     "swiglu", "swiglu_packed"), keys and values of fewer heads (`num_kv_heads`, one for each layer or for all), and a
@@ -140,6 +152,9 @@ class RopeViT(VisionTransformer):
         position_shift: float = 0.0,
         position_jitter: float = 1.0,
         position_rescale: float = 1.0,
+        attention: Literal["softmax", "linear"] = "softmax",
+        memory_tokens: int = 0,
+        reg_tokens: int = 0,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -181,6 +196,16 @@ class RopeViT(VisionTransformer):
         scheme = build(position, layout)
         if norm_eps is not None:
             norm_layer = partial(get_norm_layer(norm_layer) or LayerNorm, eps=norm_eps)
+        if memory_tokens < 0:
+            raise ValueError(f"memory_tokens is a number of tokens, 0 or more, got {memory_tokens}")
+        if attention not in ("softmax", "linear"):
+            raise ValueError(f"attention is 'softmax' or 'linear', got {attention!r}")
+        if attention == "linear":
+            check_linear(scheme(layout.coords()))
+            if num_kv_heads is not None:
+                raise ValueError("linear attention has as many heads of keys as of queries; leave num_kv_heads out")
+            if kwargs.get("attn_drop_rate", 0.0) > 0:
+                raise ValueError("linear attention has no weights to drop; leave attn_drop_rate out")
         super().__init__(
             cast(Any, image),
             cast(Any, patch),
@@ -188,6 +213,7 @@ class RopeViT(VisionTransformer):
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
+            reg_tokens=reg_tokens + memory_tokens,
             pos_embed=pos_embed,
             dynamic_img_size=dynamic_img_size,
             dynamic_img_pad=dynamic_img_pad,
@@ -211,10 +237,15 @@ class RopeViT(VisionTransformer):
             draw = timm_vit.get_init_weights_vit(self.weight_init_mode, needs_reset=False)
             named_apply(draw, self.attn_pool, "attn_pool")
         self.locate = locate
+        self.memory_tokens = memory_tokens
+        if memory_tokens > 0:  # on the scale of the normed memory that later segments begin with
+            nn.init.normal_(cast(Tensor, self.reg_token)[:, reg_tokens:].detach())
         if dynamic_img_size:
             self.locate.image = None
         self.position = scheme if device is None else scheme.to(device)
         self.each_layer = scheme.each_layer
+        for block in self.blocks if attention == "linear" else ():
+            cast(Any, block).attn.linearise()
         # a Sequential could be called as a whole, and would run without positions
         self.blocks = nn.ModuleList(self.blocks)  # pyrefly: ignore[bad-assignment]
         rate = kwargs.get("patch_drop_rate", 0.0)
@@ -238,7 +269,9 @@ class RopeViT(VisionTransformer):
         self.locate.patch = tuple(self.patch_embed.patch_size)
         self.locate.image = None if self.dynamic_img_size else tuple(self.patch_embed.img_size)
 
-    def _embed(self, x: Tensor, coords: Tensor | None) -> tuple[Tensor, Encoding, Tensor, list[int] | None]:
+    def _embed(
+        self, x: Tensor, coords: Tensor | None, memory: Tensor | None = None
+    ) -> tuple[Tensor, Encoding, Tensor, list[int] | None]:
         """Images to tokens (B, prefix + N, C), the encoding of their places, and those places."""
         located = self.locate(x, coords)  # by index, for FX cannot unpack it
         where, grid = located[0], located[1]
@@ -248,6 +281,7 @@ class RopeViT(VisionTransformer):
         x = self._pos_embed(x.view(shape) if self.dynamic_img_size else x)
         if self.pos_embed is None:
             x = self.pos_drop(x)
+        x = remembering(x, memory, self.num_prefix_tokens, self.memory_tokens)
         if self.patch_drop is not None:
             x, keep = self.patch_drop(x)
             if keep is not None:
@@ -265,9 +299,13 @@ class RopeViT(VisionTransformer):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         coords: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> Tensor:
-        """Images (B, C, *sizes) to tokens (B, prefix + N, C), at the caller's `coords` (N, A) or (B, N, A) if given."""
-        x, encoding, where, grid = self._embed(x, coords)
+        """Images (B, C, *sizes) to tokens (B, prefix + N, C), at the caller's `coords` (N, A) or (B, N, A) if given.
+
+        `memory` (B, memory_tokens, C) is what an earlier call left, in place of the learned tokens that it begins with.
+        """
+        x, encoding, where, grid = self._embed(x, coords, memory)
         for i, block in enumerate(self.blocks):
             if i > 0 and self.each_layer:
                 x = self._embed_again(x, where, grid, i)

@@ -1,26 +1,51 @@
-"""Absolute positions: what is added to the tokens themselves, before the first layer; and nothing, to compare with."""
+"""Absolute positions: vectors of places, added to the tokens before the first layer; and nothing, to compare with."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
 from .base import Encoding, Layout, Position, no_autocast
 from .specs import register
 
 
-@torch.fx.wrap
-@torch.jit.ignore
-def learned_vectors(table: Tensor, coords: Tensor, grid: Sequence[int] | None, layout: Layout) -> Tensor:
-    """Vectors (…, C) of a table (*layout.grid, C): resampled to a whole grid, else read at coordinates (…, A)."""
-    table = table.float() if grid is None else resample(table.float(), grid)
-    if grid is not None and coords.ndim == 2 and coords.shape[0] == math.prod(grid):
-        return table.flatten(0, -2)
-    return read(table, layout.cell(coords.float(), grid))
+class Absolute(Position):
+    """A scheme that gives every place a vector, which is added to the token there."""
+
+    relative = False
+    reversible = True
+
+    def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
+        """Vectors (N, C) or (B, N, C) of coordinates (N, A) or (B, N, A), at least as precise as those."""
+        raise NotImplementedError
+
+    def places(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
+        """The vectors, which autocast does not round."""
+        with no_autocast(coords.device):
+            return self.vectors(coords, grid, layer)
+
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
+        return x + self.places(coords, grid, layer).to(x.dtype)
+
+
+def is_whole(coords: Tensor, grid: Sequence[int] | None) -> bool:
+    """Whether coordinates are those of all cells of their grid, in order."""
+    return grid is not None and coords.ndim == 2 and coords.shape[0] == math.prod(grid)
+
+
+def summed(along: Callable[[int, Tensor], Tensor], coords: Tensor, grid: Sequence[int] | None) -> Tensor:
+    """The sum over the axes of `along(axis, places)` (…, C), asked once for each row and column of a whole grid."""
+    axes = range(coords.shape[-1])
+    if grid is None or not is_whole(coords, grid):
+        return torch.stack([along(a, coords[..., a]) for a in axes]).sum(dim=0)
+    lines, total = coords.view(*grid, len(axes)), torch.zeros(1, device=coords.device)
+    for a in axes:
+        vectors = along(a, lines[tuple(slice(None) if i == a else 0 for i in axes)][:, a])
+        total = total + vectors.view(*(grid[a] if i == a else 1 for i in axes), -1)
+    return total.flatten(0, -2)
 
 
 def resample(table: Tensor, grid: Sequence[int]) -> Tensor:
@@ -59,21 +84,8 @@ def read(table: Tensor, cells: Tensor) -> Tensor:
     return total
 
 
-@torch.fx.wrap
-@torch.jit.ignore
-def sincos_vectors(coords: Tensor, grid: Sequence[int] | None, layout: Layout, base: float, flattened: bool) -> Tensor:
-    """Sines and cosines (…, C) at coordinates (…, A): for each axis its sines, then its cosines, then zeros."""
-    with no_autocast(coords.device):
-        coords = layout.flatten(coords.float(), grid) if flattened else coords.float()
-        count = layout.width // (2 * coords.shape[-1])
-        speeds = base ** (-torch.arange(count, dtype=torch.float32, device=coords.device) / count)
-        theta = coords[..., None] * speeds
-        vectors = torch.stack((theta.sin(), theta.cos()), dim=-2).flatten(-3)
-        return nn.functional.pad(vectors, (0, layout.width - vectors.shape[-1]))
-
-
 @register
-class Learned(Position):
+class Learned(Absolute):
     """A learned vector for every cell of the training grid (arXiv:2010.11929).
 
     On another grid the table is resampled, bicubic and antialiased on images and linear on 1 or 3 axes; at coordinates
@@ -81,7 +93,7 @@ class Learned(Position):
     border. A checkpoint of another grid is resampled when it is loaded.
     """
 
-    relative = False
+    extrapolates = False
 
     def __init__(self, layout: Layout, std: float = 0.02) -> None:
         super().__init__()
@@ -94,8 +106,9 @@ class Learned(Position):
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.table, std=self.std)
 
-    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
-        return x + learned_vectors(self.table, coords, grid, self.layout).to(x.dtype)
+    def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
+        table = self.table.float() if grid is None else resample(self.table.float(), grid)
+        return table.flatten(0, -2) if is_whole(coords, grid) else read(table, self.layout.cell(coords, grid))
 
     def fit(self, stored: Tensor) -> Tensor:
         """A stored table as this grid needs it, resampled if it is one of another grid."""
@@ -112,14 +125,12 @@ class Learned(Position):
 
 
 @register
-class SinCos(Position):
+class SinCos(Absolute):
     """Fixed sines and cosines of the coordinates (arXiv:1706.03762), an equal share of the channels for each axis.
 
     An axis with P frequencies base^(-j/P) fills P sines, then P cosines: rows first, as in MAE (arXiv:2111.06377);
     channels that do not divide stay zero, at the end. With axes=1 the one axis is the flattened grid.
     """
-
-    relative = False
 
     def __init__(self, layout: Layout, base: float = 10000.0, axes: int | None = None) -> None:
         super().__init__()
@@ -131,8 +142,66 @@ class SinCos(Position):
         if layout.width < 2 * (1 if self.flattened else layout.axes):
             raise ValueError(f"width {layout.width} is too small for sines and cosines of {layout.axes} axes")
 
-    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
-        return x + sincos_vectors(coords, grid, self.layout, self.base, self.flattened).to(x.dtype)
+    def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
+        coords = self.layout.flatten(coords, grid) if self.flattened else coords
+        count = self.layout.width // (2 * coords.shape[-1])
+        speeds = self.base ** (-torch.arange(count, dtype=coords.dtype, device=coords.device) / count)
+        theta = coords[..., None] * speeds
+        vectors = torch.stack((theta.sin(), theta.cos()), dim=-2).flatten(-3)
+        return nn.functional.pad(vectors, (0, self.layout.width - vectors.shape[-1]))
+
+
+@register
+class Hierarchical(Absolute):
+    """A learned table for one axis, which serves several and goes on beyond its end (Su, https://kexue.fm/archives/7947).
+
+    Su splits place k = i m + j of a table of m rows into digits, p_k = alpha u_i + (1 - alpha) u_j with the table as
+    its first m rows: u = (p - alpha p_0) / (1 - alpha). So each axis of n cells goes on to n² of them. Over axes the
+    same sum is e[y, x] = alpha u_y + (1 - alpha) u_x, of one shared table; with alpha = 1/2 that could not tell (y, x)
+    from (x, y), so Su takes 0.4. A flattened text has a slow and a fast digit, but images have no such axes: a step
+    down would count alpha / (1 - alpha) = 2/3 of one to the right. `tables="axes"` is the honest form there: each axis
+    has a table of its own and equal weight, 1/2 on images, and alpha serves what lies beyond the tables alone.
+
+    Raises ValueError for an alpha outside (0, 1), or one with which two places look the same.
+    """
+
+    def __init__(
+        self, layout: Layout, alpha: float = 0.4, tables: Literal["shared", "axes"] = "shared", std: float = 0.02
+    ) -> None:
+        super().__init__()
+        axes, shared = layout.axes, tables == "shared"
+        if not 0 < alpha < 1 or std < 0:
+            raise ValueError(f"hierarchical needs an alpha between 0 and 1 and a std of 0 or more, got {alpha}, {std}")
+        steps = [alpha ** (axes - 1 - a) * (1 if a == 0 else 1 - alpha) for a in range(axes)]
+        sums = {round(sum(chosen), 9) for chosen in product(*((0.0, step) for step in steps))}
+        if alpha == 0.5 or (shared and len(sums) < 2**axes):
+            remedy = 'take another, such as 0.4, or tables="axes" with one' if axes > 1 else "take another, such as 0.4"
+            raise ValueError(f"hierarchical cannot tell digits apart with alpha {alpha}; {remedy}")
+        self.layout, self.alpha, self.std = layout, alpha, std
+        self.weights = steps if shared else [1 / axes] * axes
+        self.sizes = [max(layout.grid)] if shared else list(layout.grid)
+        self.table = nn.Parameter(torch.empty(sum(self.sizes), layout.width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.table, std=self.std)
+
+    def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
+        tables = self.table.to(coords.dtype).split(self.sizes) * (len(self.weights) // len(self.sizes))
+
+        def along(axis: int, cells: Tensor) -> Tensor:
+            low = cells.floor()
+            first, second = (self.digits(tables[axis], low + step) for step in (0, 1))
+            return self.weights[axis] * torch.lerp(first, second, (cells - low)[..., None])
+
+        return summed(along, self.layout.cell(coords, grid), grid)
+
+    def digits(self, table: Tensor, cells: Tensor) -> Tensor:
+        """Rows (…, C) at whole cells (…) of a table (n, C) that goes on to n² cells."""
+        n = len(table)
+        cells = cells.long().clamp(0, n * n - 1)
+        units = (table - self.alpha * table[0]) / (1 - self.alpha)
+        return self.alpha * units[cells // n] + (1 - self.alpha) * units[cells % n]
 
 
 @register

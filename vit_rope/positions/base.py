@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from . import coords as places
@@ -138,7 +139,6 @@ class Position(InPython):
         """Patch tokens x (B, N, C) with their absolute places in them, unchanged where the scheme has none.
 
         Called before the first layer, and before each `layer` after it where the scheme says `each_layer`.
-        Overrides put whatever branches on its inputs into functions wrapped by `torch.fx.wrap`.
         """
         return x
 
@@ -179,7 +179,14 @@ class Position(InPython):
     @torch.jit.ignore
     def embed(self, x: Tensor, coords: Tensor, grid: list[int] | None = None, layer: int = 0) -> Tensor:
         """Patch tokens x (B, N, C) with their absolute places in them, for `coords` and `grid` as in a call."""
-        return in_python(self).add(x, coords, grid, layer)
+        return embedded(self, x, coords, grid, layer)
+
+
+@torch.fx.wrap
+def embedded(position: Position, x: Tensor, coords: Tensor, grid: list[int] | None, layer: int) -> Tensor:
+    """What `position.embed` gives, as one step of a traced graph, so that `add` may branch on all that it is given."""
+    position = in_python(position)
+    return position.add(x, places.check(coords, position.axes), grid, layer)
 
 
 class Sum(Position):

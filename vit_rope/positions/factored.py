@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .absolute import learned_vectors, read, resample
+from .absolute import is_whole, read, resample
 from .base import Layout, Position
 from .bias import Bias, constants
 from .encoding import Encoding, Side
@@ -84,11 +84,9 @@ class Untied(Position):
         nn.init.trunc_normal_(self.projections, std=self.layout.width**-0.5)
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
-        vectors = learned_vectors(self.table, coords, grid, self.layout)
-        others = vectors
-        if key_coords is not None:
-            table = self.table if grid is None else resample(self.table, grid)
-            others = read(table, self.layout.cell(key_coords.float(), grid))
+        table = self.table if grid is None else resample(self.table, grid)
+        vectors = table.flatten(0, -2) if is_whole(coords, grid) else read(table, self.layout.cell(coords, grid))
+        others = vectors if key_coords is None else read(table, self.layout.cell(key_coords, grid))
         return Encoding(
             Side(extra=self.project(vectors, 0, self.place * self.layout.head_dim**-0.5)),
             Side(extra=self.project(others, 1, 1.0)),

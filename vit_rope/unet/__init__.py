@@ -25,9 +25,10 @@ from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
 from .attention import GridTransformer2DModel, PlacedAttention, PositionProcessor, UnplacedAttention
-from .maps import Origin, begin_missing, build_at, map_layout, pixels
+from .maps import Kind, Origin, begin_missing, build_at, map_layout, pixels
 
-KEYS = ("position", "position_unit", "position_origin", "zero_init")  # of the config, beside the diffusers class's own
+# keys of the config, beside the diffusers class's own
+KEYS = ("position", "position_unit", "position_origin", "attention", "zero_init")
 
 
 def add_positions(
@@ -36,6 +37,7 @@ def add_positions(
     unit: str = "index",
     origin: Origin = 0.0,
     sample_size: int | Sequence[int] | None = None,
+    attention: Kind = "softmax",
 ) -> nn.Module:
     """Give every self-attention of a U-Net the positions that `spec` names, in place, and return the U-Net.
 
@@ -43,7 +45,8 @@ def add_positions(
     `Unet`, which does not know the size that it is trained at: say it as `sample_size`, in pixels. Absolute schemes are
     added to the normalised input of the attention. `unit` "index" counts the cells of each map; "pixel" places a cell
     at the centre of its own pixels of the U-Net's input, so that all levels speak of the same image, as the "centered"
-    units of `coords.grid` do. `origin` is the place, in that unit, which becomes 0.
+    units of `coords.grid` do. `origin` is the place, in that unit, which becomes 0. `attention` "linear" makes all of
+    them linear, as `attention.attend_linear` has it, which is another function than the softmax of a trained U-Net.
 
     Raises TypeError for another model and ValueError where it has positions already or no self-attention over maps, or
     where an attention cannot take the scheme; the U-Net is then as it was.
@@ -51,6 +54,8 @@ def add_positions(
     if _is_lucidrains(unet):
         from . import lucidrains
 
+        if attention != "softmax":
+            raise ValueError(f"this Unet has linear attention where it was made so (full_attn); got {attention!r}")
         return lucidrains.add_positions(unet, spec, sample_size, unit, origin)
     if not isinstance(unet, ModelMixin) or not hasattr(unet, "down_blocks"):
         raise TypeError(f"add_positions takes a U-Net of diffusers or denoising-diffusion-pytorch, got {_name(unet)}")
@@ -58,7 +63,7 @@ def add_positions(
         raise ValueError(f"the U-Net has positions already, {unet.config['position']!r}; call remove_positions first")
     if sample_size is not None:
         raise ValueError(f"{_SAMPLE_SIZE}; got sample_size={sample_size!r} beside it")
-    _install(unet, spec, unit, origin)
+    _install(unet, spec, unit, origin, attention)
     unet.__class__ = rope_class(type(unet))
     return unet
 
@@ -127,7 +132,7 @@ def _level(unet: nn.Module, name: str) -> int:
     return sum(halvings[: -1 - int(index)] if part == "up_blocks" else halvings)
 
 
-def _install(unet: Any, spec: str, unit: str, origin: Origin) -> None:
+def _install(unet: Any, spec: str, unit: str, origin: Origin, kind: Kind) -> None:
     """Place every self-attention, all or none, and write so into the config."""
     if unet.config.get("sample_size") is None:
         raise ValueError(f"{_SAMPLE_SIZE}; it is None")
@@ -142,7 +147,7 @@ def _install(unet: Any, spec: str, unit: str, origin: Origin) -> None:
         layout = map_layout(attention.query_dim, attention.heads, head, level, size, unit, origin)
         what = "channels of a head" if host is None else "number of heads"
         remedy = f"attention_head_dim in the U-Net's config sets the {what} here"
-        plan.append((attention, layout, build_at(name, level, spec, layout, remedy)))
+        plan.append((attention, layout, build_at(name, level, spec, layout, remedy, kind)))
         hosts.add(host)
     if not plan:
         raise ValueError(
@@ -152,13 +157,13 @@ def _install(unet: Any, spec: str, unit: str, origin: Origin) -> None:
     for attention, layout, position in plan:
         attention.__class__ = PlacedAttention
         attention.layout, attention.position = layout, position
-        attention.set_processor(PositionProcessor())
+        attention.set_processor(PositionProcessor(kind))
     for host in hosts - {None}:
         host.__class__ = GridTransformer2DModel
         for module in host.modules():
             if type(module) is Attention:
                 module.__class__ = UnplacedAttention
-    unet.register_to_config(position=spec, position_unit=unit, position_origin=origin)
+    unet.register_to_config(position=spec, position_unit=unit, position_origin=origin, attention=kind)
 
 
 def _name(thing: object) -> str:
@@ -177,9 +182,9 @@ _CLASSES: dict[type, type] = {}
 class RopeMixin:
     """What a U-Net with positions has beside its diffusers class.
 
-    `position`, `position_unit` and `position_origin` are `spec`, `unit` and `origin` of `add_positions`. With
-    `zero_init` the output and the last layer of every residual branch begin at zero, as in DDPM (arXiv:2006.11239) and
-    ADM (arXiv:2105.05233). All four are keys of the config.
+    `position`, `position_unit`, `position_origin` and `attention` are `spec`, `unit`, `origin` and `attention` of
+    `add_positions`. With `zero_init` the output and the last layer of every residual branch begin at zero, as in DDPM
+    (arXiv:2006.11239) and ADM (arXiv:2105.05233). All five are keys of the config.
     """
 
     config: Any
@@ -192,11 +197,12 @@ class RopeMixin:
         position: str = "axial",
         position_unit: str = "index",
         position_origin: Origin = 0.0,
+        attention: Kind = "softmax",
         zero_init: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _install(self, position, position_unit, position_origin)
+        _install(self, position, position_unit, position_origin, attention)
         self.register_to_config(zero_init=zero_init)
         if zero_init:
             _zero_outputs(self)

@@ -12,13 +12,16 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
-from ..attention import attend, unread
+from ..attention import attend, attend_linear, unread
 from ..positions import Position
-from .maps import MapLayout
+from .maps import Kind, MapLayout
 
 
 class PositionProcessor:
-    """What diffusers' AttnProcessor2_0 computes, for self-attention with positions."""
+    """What diffusers' AttnProcessor2_0 computes, for self-attention with positions; or linear attention instead."""
+
+    def __init__(self, kind: Kind = "softmax") -> None:
+        self.kind = kind
 
     def __call__(
         self,
@@ -49,8 +52,11 @@ class PositionProcessor:
         q, k, v = (to(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in (attn.to_q, attn.to_k, attn.to_v))
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-        overwrite = unread(attn.to_q, attn.to_k)
-        x = attend(q, k, v, attn.position(coords, grid=grid), mask=attention_mask, overwrite=overwrite)
+        encoding = attn.position(coords, grid=grid)
+        if self.kind == "linear":
+            x = attend_linear(q, k, v, encoding, mask=attention_mask)
+        else:
+            x = attend(q, k, v, encoding, mask=attention_mask, overwrite=unread(attn.to_q, attn.to_k))
         x = attn.to_out[1](attn.to_out[0](x.transpose(1, 2).flatten(2)))
         if hidden_states.ndim == 4:
             x = x.transpose(-1, -2).reshape(hidden_states.shape)

@@ -12,7 +12,7 @@ import torch
 from denoising_diffusion_pytorch.denoising_diffusion_pytorch import Attention, LinearAttention, Unet
 from torch import Tensor, nn
 
-from ..attention import attend, attend_linear
+from ..attention import attend, attend_features
 from ..positions import Encoding, Position
 from .maps import MapLayout, Origin, build_at, map_layout, pixels
 
@@ -47,7 +47,7 @@ class PlacedLinearAttention(Placed, LinearAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, encoding = self.project(x, self.mem_kv.transpose(-2, -1))
-        out = attend_linear(q.softmax(dim=-1) * self.scale, k.softmax(dim=-2), v, encoding)
+        out = attend_features(q.softmax(dim=-1) * self.scale, k.softmax(dim=-2), v, encoding)
         return self.to_out(out.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[-2:]))
 
 

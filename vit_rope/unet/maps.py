@@ -6,14 +6,17 @@ all in the image; either way it is built for one attention: its width, its heads
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..attention import check_linear
 from ..positions import Layout, Position, build
 from ..positions import coords as places
 
 Origin = float | str | Sequence[float]
+Kind = Literal["softmax", "linear"]
 UNITS = ("index", "pixel", *places.UNITS[1:])
 
 
@@ -62,13 +65,18 @@ def map_layout(
     return layout
 
 
-def build_at(name: str, level: int, spec: str, layout: MapLayout, remedy: str) -> Position:
-    """The scheme for the attention of this name.
+def build_at(name: str, level: int, spec: str, layout: MapLayout, remedy: str, kind: Kind = "softmax") -> Position:
+    """The scheme for the attention of this name and kind.
 
     Raises ValueError that says which attention cannot take it, with the remedy where its head size is to blame.
     """
+    if kind not in ("softmax", "linear"):
+        raise ValueError(f"attention is 'softmax' or 'linear', got {kind!r}")
     try:
-        return build(spec, layout)
+        position = build(spec, layout)
+        if kind == "linear":
+            check_linear(position(layout.coords()))
+        return position
     except ValueError as error:
         hint = f"; {remedy}" if "head_dim" in str(error) else ""
         heads = f"{layout.width} channels, {layout.heads} heads of {layout.head}"
