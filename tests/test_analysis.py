@@ -7,8 +7,9 @@ import torch
 
 from tests import oracles
 from vit_rope import analysis
-from vit_rope.__main__ import CLAIMS, main, scheme_table
+from vit_rope.__main__ import main
 from vit_rope.analysis import kernel, reversibility_margin
+from vit_rope.catalogue import CLAIMS, scheme_table
 from vit_rope.positions import Encoding, Layout, Position, Rotary, build, schemes
 
 

@@ -1,0 +1,60 @@
+"""Every position scheme and what it claims, as a table: `vit-rope schemes --sort reversible`."""
+
+import argparse
+import inspect
+import textwrap
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from .positions import Layout, build
+from .positions.specs import _SCHEMES
+
+CLAIMS = ("relative", "reversible", "flash", "learned", "extrapolates")
+
+
+def main(args: Sequence[str]) -> None:
+    """Run `vit-rope schemes`."""
+    parser = argparse.ArgumentParser(
+        "vit-rope schemes",
+        description="List every position scheme with what it claims on an image. relative: logits depend on "
+        "displacements alone; reversible: no two cells of the training grid look the same; flash: attention needs no "
+        "mask; learned: training changes it; extrapolates: places beyond the training grid differ too.",
+    )
+    parser.add_argument("--sort", choices=["scheme", *CLAIMS], default="scheme", help="a column: those that do, first")
+    print(scheme_table(parser.parse_args(args).sort))
+
+
+def scheme_table(sort: str = "scheme") -> str:
+    """Every registered scheme with its claims, its description's first line and its options, sorted by a column."""
+    rows = []
+    for name, factory in sorted(_SCHEMES.items()):
+        parameters = list(inspect.signature(factory).parameters.values())[1:]
+        options = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
+        rows.append((name, _claims(name, parameters), inspect.cleandoc(factory.__doc__ or "").splitlines()[0], options))
+    if sort in CLAIMS:
+        rows.sort(key=lambda row: not row[1][CLAIMS.index(sort)])
+    name_width = max(len(name) for name, *_ in rows)
+    head = f"{'scheme':<{name_width}}  " + "  ".join(CLAIMS) + "  what it does (and its options)"
+    indent = " " * head.index("what it does")
+    lines = [head]
+    for name, claims, what, options in rows:
+        marks = "  ".join(
+            f"{'yes' if claim else '-':<{len(title)}}" for claim, title in zip(claims, CLAIMS, strict=True)
+        )
+        text = textwrap.wrap(what, 120 - len(indent)) + textwrap.wrap(
+            f"({options})" if options else "", 120 - len(indent)
+        )
+        lines += [f"{name:<{name_width}}  {marks}  {text[0]}", *(indent + line for line in text[1:])]
+    return "\n".join(lines)
+
+
+def _claims(name: str, parameters: list[Any]) -> tuple[bool, ...]:
+    """What a scheme claims on an image, or on a signal where it has no form for images; modifiers with one inside."""
+    parts = sum(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in parameters)
+    tries = [(inside, grid) for inside in ("axial", "learned") for grid in ((14, 14), (14,))]
+    for inside, grid in tries:
+        with suppress(ValueError):
+            scheme = build(f"{name}({', '.join([inside] * parts)})", Layout(width=48, heads=2, grid=grid, depth=2))
+            return scheme.relative, scheme.reversible, scheme.keeps_flash, scheme.learned, scheme.extrapolates
+    raise ValueError(f"{name} takes neither axial nor learned inside it, on images or on signals")
