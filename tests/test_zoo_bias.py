@@ -14,6 +14,7 @@ from vit_rope.attention import attend
 from vit_rope.positions import Layout, build
 from vit_rope.positions.bias import slopes
 from vit_rope.positions.coords import grid
+from vit_rope.vit import RopeViT
 
 SHAPES = [(5,), (3, 4), (2, 3, 2)]
 
@@ -436,3 +437,9 @@ def test_gradients_of_looked_up_biases_are_those_of_pairs(spec):
 def test_refusals(spec, shape, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(spec, layout_of(shape))
+
+
+def test_a_rotation_beside_channels_of_its_own_trains_in_a_vit():
+    model = RopeViT(32, 8, embed_dim=48, depth=2, num_heads=2, position='axial + alibi(distance="quadratic")')
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
