@@ -122,6 +122,7 @@ class Position(InPython):
     made_for: Layout | None = None  # what `build` made it for
 
     __jit_unused_properties__ = ("learned",)  # TorchScript would compile them
+    __jit_ignored_attributes__ = ("made_for",)  # and the class of this
 
     @property
     def learned(self) -> bool:

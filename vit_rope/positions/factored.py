@@ -96,7 +96,7 @@ class Untied(Position):
     def project(self, vectors: Tensor, side: int, factor: float) -> list[Tensor]:
         """Channels (B, H, N, D) of each layer, beside queries or keys, of vectors (N, C) or (B, N, C)."""
         vectors = F.layer_norm(vectors if vectors.ndim == 3 else vectors[None], vectors.shape[-1:]) * factor
-        weights = self.projections[side].unbind(0)
+        weights = self.projections[side].to(vectors.dtype).unbind(0)
         return [(vectors @ weight).unflatten(-1, (self.layout.heads, -1)).transpose(1, 2) for weight in weights]
 
 
