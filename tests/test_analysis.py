@@ -11,6 +11,7 @@ from vit_rope.__main__ import main
 from vit_rope.analysis import kernel, reversibility_margin
 from vit_rope.catalogue import CLAIMS, scheme_table
 from vit_rope.positions import Encoding, Layout, Position, Rotary, build, schemes
+from vit_rope.positions.encoding import Relative, Side
 
 
 @pytest.mark.parametrize(
@@ -177,6 +178,50 @@ class Distances(Position):
 )
 def test_distinct_rows_of_biases(function, count):
     assert analysis.distinct_bias_rows(Distances(function), (14, 14)) == count
+
+
+@pytest.mark.parametrize(
+    ("spec", "count"),
+    [
+        ("swin", 729),
+        ("t5(max_distance=14)", 729),
+        ("t5(max_distance=128)", 361),
+        ("alibi", 94),
+        ('alibi(distance="quadratic")', 94),
+        ('alibi(distance="manhattan")', 27),
+        ("shaw(clip=4)", 81),
+    ],
+)
+def test_distinct_rows_of_the_biases(spec, count):
+    if spec.partition("(")[0] not in schemes():
+        pytest.skip(f"{spec} is not registered")
+    assert (
+        analysis.distinct_bias_rows(build(spec, Layout(width=64, heads=2, grid=(14, 14), depth=1)), (14, 14)) == count
+    )
+
+
+class Tables(Position):
+    """Rows of a table that content meets, for displacements clipped at 4: many indices may point to equal rows."""
+
+    def encode(self, coords, key_coords, grid):
+        offset = (key_coords[None] - coords[:, None]).long() + 13
+        index = offset[..., 0] * 27 + offset[..., 1]
+        vectors = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
+        clipped = (torch.arange(27) - 13).clamp(-4, 4) + 4
+        table = (vectors[0, clipped][:, None] + vectors[1, clipped][None]).flatten(0, 1)[None]
+        return Encoding(terms=[[Relative(table, index[None], "q")]])
+
+
+def test_distinct_rows_of_tables():
+    assert analysis.distinct_bias_rows(Tables(), (14, 14)) == 81
+
+
+def test_distinct_rows_of_channels_beside():
+    quadratic = Distances(lambda d: d)
+    quadratic.encode = lambda coords, keys, grid: Encoding(
+        Side(extra=[torch.ones(1, 1, len(coords), 1)]), Side(extra=[keys.square().sum(dim=-1)[None, None, :, None]])
+    )
+    assert analysis.distinct_bias_rows(quadratic, (14, 14)) == 94
 
 
 def test_a_rotation_adds_no_bias():
