@@ -193,8 +193,6 @@ def test_distinct_rows_of_biases(function, count):
     ],
 )
 def test_distinct_rows_of_the_biases(spec, count):
-    if spec.partition("(")[0] not in schemes():
-        pytest.skip(f"{spec} is not registered")
     assert (
         analysis.distinct_bias_rows(build(spec, Layout(width=64, heads=2, grid=(14, 14), depth=1)), (14, 14)) == count
     )
@@ -243,6 +241,20 @@ def test_zero_padding_leaks_the_place_of_as_many_cells_as_it_reaches(depth, shap
     assert leaks["zeros"][depth:].abs().max() < 1e-12
     assert leaks["circular"].abs().max() < 1e-12
     assert len(leaks["zeros"]) == -(-min(shape) // 2)
+
+
+@pytest.mark.parametrize(("padding", "deep"), [("zeros", 2), ("circular", 0)])
+def test_what_peg_knows_is_the_leak(padding, deep):
+    layout = Layout(width=4, heads=1, grid=(9, 12), depth=1)
+    position = build(f'peg(kernel=5, padding="{padding}")', layout)
+
+    def mixer(maps):
+        tokens = position.embed(maps.flatten(2).transpose(1, 2), layout.coords(), list(layout.grid))
+        return tokens.transpose(1, 2).unflatten(2, layout.grid)
+
+    leak = analysis.padding_leak(mixer, layout.grid, channels=4)
+    assert (leak[:deep] > 1e-3).all()
+    assert leak[deep:].max() < 1e-5
 
 
 def test_bad_decays():
