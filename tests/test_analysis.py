@@ -11,6 +11,7 @@ from vit_rope.__main__ import main
 from vit_rope.analysis import kernel, reversibility_margin
 from vit_rope.catalogue import CLAIMS, scheme_table
 from vit_rope.positions import Encoding, Layout, Position, Rotary, build, schemes
+from vit_rope.positions.encoding import Relative, Side
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,48 @@ def test_distinct_rows_of_biases(function, count):
     assert analysis.distinct_bias_rows(Distances(function), (14, 14)) == count
 
 
+@pytest.mark.parametrize(
+    ("spec", "count"),
+    [
+        ("swin", 729),
+        ("t5(max_distance=14)", 729),
+        ("t5(max_distance=128)", 361),
+        ("alibi", 94),
+        ('alibi(distance="quadratic")', 94),
+        ('alibi(distance="manhattan")', 27),
+        ("shaw(clip=4)", 81),
+    ],
+)
+def test_distinct_rows_of_the_biases(spec, count):
+    assert (
+        analysis.distinct_bias_rows(build(spec, Layout(width=64, heads=2, grid=(14, 14), depth=1)), (14, 14)) == count
+    )
+
+
+class Tables(Position):
+    """Rows of a table that content meets, for displacements clipped at 4: many indices may point to equal rows."""
+
+    def encode(self, coords, key_coords, grid):
+        offset = (key_coords[None] - coords[:, None]).long() + 13
+        index = offset[..., 0] * 27 + offset[..., 1]
+        vectors = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
+        clipped = (torch.arange(27) - 13).clamp(-4, 4) + 4
+        table = (vectors[0, clipped][:, None] + vectors[1, clipped][None]).flatten(0, 1)[None]
+        return Encoding(terms=[[Relative(table, index[None], "q")]])
+
+
+def test_distinct_rows_of_tables():
+    assert analysis.distinct_bias_rows(Tables(), (14, 14)) == 81
+
+
+def test_distinct_rows_of_channels_beside():
+    quadratic = Distances(lambda d: d)
+    quadratic.encode = lambda coords, keys, grid: Encoding(
+        Side(extra=[torch.ones(1, 1, len(coords), 1)]), Side(extra=[keys.square().sum(dim=-1)[None, None, :, None]])
+    )
+    assert analysis.distinct_bias_rows(quadratic, (14, 14)) == 94
+
+
 def test_a_rotation_adds_no_bias():
     with pytest.raises(ValueError, match="this scheme adds no bias and no relative term to logits"):
         analysis.distinct_bias_rows(build("axial", Layout(width=8, heads=1, grid=(2, 2))), (2, 2))
@@ -198,6 +241,20 @@ def test_zero_padding_leaks_the_place_of_as_many_cells_as_it_reaches(depth, shap
     assert leaks["zeros"][depth:].abs().max() < 1e-12
     assert leaks["circular"].abs().max() < 1e-12
     assert len(leaks["zeros"]) == -(-min(shape) // 2)
+
+
+@pytest.mark.parametrize(("padding", "deep"), [("zeros", 2), ("circular", 0)])
+def test_what_peg_knows_is_the_leak(padding, deep):
+    layout = Layout(width=4, heads=1, grid=(9, 12), depth=1)
+    position = build(f'peg(kernel=5, padding="{padding}")', layout)
+
+    def mixer(maps):
+        tokens = position.embed(maps.flatten(2).transpose(1, 2), layout.coords(), list(layout.grid))
+        return tokens.transpose(1, 2).unflatten(2, layout.grid)
+
+    leak = analysis.padding_leak(mixer, layout.grid, channels=4)
+    assert (leak[:deep] > 1e-3).all()
+    assert leak[deep:].max() < 1e-5
 
 
 def test_bad_decays():

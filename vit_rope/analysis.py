@@ -181,8 +181,8 @@ def flattening(grid: tuple[int, ...]) -> Flattening:
 def distinct_bias_rows(position: Position, grid: tuple[int, ...], layer: int = 0) -> int:
     """How many of a grid's prod(2n - 1) displacements a relative bias tells apart, by all heads of a layer together.
 
-    Counts what is added to logits, by bias or by channels beside, and rows of tables. Raises ValueError for a scheme
-    that adds nothing.
+    Counts what is added to logits, by bias or by channels beside, and what content meets in tables. Raises ValueError
+    for a scheme that adds nothing.
     """
     there = offsets(grid).float()
     encoding = position(torch.zeros(1, len(grid)), key_coords=there)
@@ -193,7 +193,8 @@ def distinct_bias_rows(position: Position, grid: tuple[int, ...], layer: int = 0
         one, two = (side.extra[layer % len(side.extra)][0] for side in (encoding.q, encoding.k) if side.extra)
         seen.append((one * two).sum(dim=-1))
     if encoding.terms:
-        seen += [term.index.reshape(-1, len(there)) for term in encoding.terms[layer % len(encoding.terms)]]
+        for table, index, _ in encoding.terms[layer % len(encoding.terms)]:  # index T is no row
+            seen.append(torch.nn.functional.pad(table, (0, 0, 0, 1))[:, index.flatten()].mT.flatten(0, 1))
     if not seen:
         raise ValueError("this scheme adds no bias and no relative term to logits")
     rows = torch.cat([part.detach().double() for part in seen]).t()

@@ -5,6 +5,7 @@ import inspect
 import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from .positions import Layout, build
@@ -36,16 +37,12 @@ def scheme_table(sort: str = "scheme") -> str:
         rows.sort(key=lambda row: not row[1][CLAIMS.index(sort)])
     name_width = max(len(name) for name, *_ in rows)
     head = f"{'scheme':<{name_width}}  " + "  ".join(CLAIMS) + "  what it does (and its options)"
-    indent = " " * head.index("what it does")
-    lines = [head]
+    indent, lines = " " * head.index("what it does"), [head]
+    wrap = partial(textwrap.wrap, width=120 - len(indent))
     for name, claims, what, options in rows:
-        marks = "  ".join(
-            f"{'yes' if claim else '-':<{len(title)}}" for claim, title in zip(claims, CLAIMS, strict=True)
-        )
-        text = textwrap.wrap(what, 120 - len(indent)) + textwrap.wrap(
-            f"({options})" if options else "", 120 - len(indent)
-        )
-        lines += [f"{name:<{name_width}}  {marks}  {text[0]}", *(indent + line for line in text[1:])]
+        marks = (f"{'yes' if claim else '-':<{len(title)}}" for claim, title in zip(claims, CLAIMS, strict=True))
+        text = wrap(what) + (wrap(f"({options})") if options else [])
+        lines += ["  ".join((f"{name:<{name_width}}", *marks, text[0])), *(indent + line for line in text[1:])]
     return "\n".join(lines)
 
 

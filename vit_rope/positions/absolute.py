@@ -165,6 +165,8 @@ class Hierarchical(Absolute):
     Raises ValueError for an alpha outside (0, 1), or one with which two places look the same.
     """
 
+    extrapolates = False  # but to n² cells
+
     def __init__(
         self, layout: Layout, alpha: float = 0.4, tables: Literal["shared", "axes"] = "shared", std: float = 0.02
     ) -> None:

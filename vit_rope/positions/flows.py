@@ -24,11 +24,13 @@ class Recurrent(Absolute):
     Raises ValueError for a reach below 1.
     """
 
+    extrapolates = False
+
     def __init__(self, layout: Layout, reach: float = 2.0) -> None:
         super().__init__()
         if reach < 1:
             raise ValueError(f"recurrent needs a reach of at least 1, all of the training grid, got {reach}")
-        self.layout, self.cells, self.extrapolates = layout, math.ceil(reach * max(layout.grid)), reach > 1
+        self.layout, self.cells = layout, math.ceil(reach * max(layout.grid))
         self.start = nn.Parameter(torch.empty(layout.axes, 1, layout.width))
         self.weight = nn.Parameter(torch.empty(layout.axes, layout.width, layout.width))
         self.bias = nn.Parameter(torch.empty(layout.axes, 1, layout.width))
