@@ -38,7 +38,9 @@ from vit_rope.positions import Layout, Rotary, build, schemes
 from vit_rope.unet import RopeUNet2DConditionModel, RopeUNet2DModel, add_positions, remove_positions
 from vit_rope.unet.maps import map_layout
 
-SPECS = [*map(spec_of, schemes()), "learned + mixed", 'sincos + axial(pairs="half")']
+FITTING = {"comrope_ap": "comrope_ap(block=4)", "comrope_ld": "comrope_ld(block=4)"}  # for heads of 8 channels
+SPECS = [FITTING.get(name, spec_of(name)) for name in schemes() if name != "xpos"]  # which has one axis
+SPECS += ["learned + mixed", 'sincos + axial(pairs="half")']
 SMALL = {
     "sample_size": 16,
     "in_channels": 1,
@@ -213,7 +215,7 @@ def test_moving_all_places_changes_nothing_where_a_scheme_is_relative(spec):
     there.load_state_dict(here.state_dict())
     moved = gap(here(x), there(x))
     if here.position.relative:
-        assert moved < 2e-6
+        assert moved < 1e-5
     elif "sincos" in spec:  # a learned table knows its cells wherever they are
         assert moved > 1e-3
 

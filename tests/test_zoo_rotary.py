@@ -21,6 +21,7 @@ from vit_rope.positions.directions import regular_simplex
 from vit_rope.positions.encoding import Side
 from vit_rope.positions.generators import block_diagonal, cayley, exponential, simplest, skew, spectrum
 from vit_rope.positions.rotation import rotate
+from vit_rope.unet.maps import map_layout
 from vit_rope.vit import RopeViT
 
 SHAPES = [(5,), (3, 4), (2, 3, 2)]
@@ -658,3 +659,12 @@ def test_two_bases_cannot_be_summed():
     with pytest.raises(ValueError, match="schemes that remake the channels of queries and keys cannot be summed"):
         build("string + commuting", layout_of())(grid((3, 4)))
     assert build("string + learned", layout_of())(grid((3, 4))).v == Side()
+
+
+@pytest.mark.parametrize("spec", ["sumcoords", "pope"])
+def test_heads_that_do_not_share_the_width_turn_as_any(spec):
+    """A U-Net's attention may have fewer channels in its heads than in its map."""
+    narrow = map_layout(32, 2, 8, 0, (6, 6), "index", 0.0)
+    plain = Layout(width=16, heads=2, grid=(6, 6), depth=1)
+    ours, theirs = (build(spec, layout)(plain.coords()).q.turn for layout in (narrow, plain))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)

@@ -21,7 +21,7 @@ def sumcoords(layout: Layout, base: float = 100.0, pairs: Pairs = "interleaved")
     The control of Su's derivation (https://kexue.fm/archives/8397) that is not reversible, on more than one axis.
     Raises ValueError for an odd head dimension.
     """
-    one = axial(Layout(layout.width, layout.heads, (1,)), base, pairs=pairs).initial
+    one = axial(Layout(layout.heads * layout.head_dim, layout.heads, (1,)), base, pairs=pairs).initial
     return Rotary(one.expand(-1, -1, layout.axes, -1), pairs)
 
 

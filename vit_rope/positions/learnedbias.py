@@ -28,10 +28,9 @@ class T5(Bias):
     (arXiv:1910.10683; for images as in UDOP, arXiv:2212.02623).
 
     Each direction has half the buckets: one for each of the first buckets / 4 cells, then wider and wider ones up to
-    `max_distance`, the size of the training grid along the axis unless given; all beyond share the last, so it
-    extrapolates only where that begins beyond the grid. The table (A, buckets, H) is T5's own on one axis, its row
-    buckets / 2 without use. Raises ValueError for buckets that do not divide by 4, or a max_distance that is no more
-    than the cells with a bucket each.
+    `max_distance`, the size of the training grid along the axis unless given; all beyond share the last. The table
+    (A, buckets, H) is T5's own on one axis, its row buckets / 2 without use. Raises ValueError for buckets that do not
+    divide by 4, or a max_distance that is no more than the cells with a bucket each.
     """
 
     def __init__(self, layout: Layout, buckets: int = 32, max_distance: int | None = None) -> None:
@@ -49,8 +48,6 @@ class T5(Bias):
             [math.ceil(exact * (last / exact) ** (i / exact) - 1e-9) for i in range(1, exact)]
             for last in (max_distance or max(n, exact + 1) for n in layout.grid)
         ]
-        last = (ends[-1] if ends else exact for ends in self.ends)
-        self.extrapolates = all(end > n + 1 for end, n in zip(last, layout.grid, strict=True))
         self.table = nn.Parameter(torch.empty(layout.axes, buckets, layout.heads))
         self.reset_parameters()
 

@@ -1,7 +1,6 @@
 """Rotary positions that act on more than the angle of queries and keys: on values too, on moduli, with a decay."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ class PoPE(Rotary):
     """
 
     def __init__(self, layout: Layout, base: float = 100.0) -> None:
-        twice = replace(layout, width=2 * layout.width)  # a channel becomes a pair
+        twice = Layout(2 * layout.heads * layout.head_dim, layout.heads, layout.grid)  # a channel becomes a pair
         super().__init__(axial(twice, base, share="rest").initial)
         self.delta = nn.Parameter(torch.zeros(layout.depth, 1, 1, layout.heads, self.initial.shape[-1]))
 
