@@ -189,11 +189,13 @@ def test_refusals(call, message):
         call()
 
 
-def test_a_scheme_that_linear_attention_cannot_have_is_refused_before_any_weight_is_made(monkeypatch):
-    monkeypatch.setattr("vit_rope.vit.build", lambda spec, layout: lambda coords: BIASED)
-    monkeypatch.setattr("vit_rope.unet.maps.build", lambda spec, layout: lambda coords: BIASED)
+@pytest.mark.parametrize(
+    ("spec", "what"),
+    [("alibi", "logits"), ('alibi(distance="quadratic")', "logits"), ("shaw", "logits"), ("pope", "features")],
+)
+def test_a_scheme_that_linear_attention_cannot_have_is_refused_before_any_weight_is_made(spec, what):
     net = UNet2DModel(**UNET, attention_head_dim=8)
-    for make in (lambda: vit(attention="linear"), lambda: add_positions(net, "axial", attention="linear")):
-        with pytest.raises(ValueError, match="linear attention has no logits"):
+    for make in (lambda: vit(spec, attention="linear"), lambda: add_positions(net, spec, attention="linear")):
+        with pytest.raises(ValueError, match=f"linear attention has (no )?{what}"):
             make()
     assert type(net) is UNet2DModel
