@@ -814,3 +814,17 @@ def test_lucidrains_trains_and_samples(lucid):
     diffusion = package.GaussianDiffusion(model, image_size=8, timesteps=4)
     diffusion(torch.rand(2, 1, 8, 8)).backward()
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if ".position." in name)
+
+
+@torch.no_grad()
+def test_projections_that_somebody_watches_are_asked_themselves():
+    placed = add_positions(plain(), "axial")
+    attention = placed.mid_block.attentions[0]
+    want, seen = call(placed, 16, 16), []
+    handle = attention.to_k.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out)))
+    assert gap(call(placed, 16, 16), want) < 1e-5
+    handle.remove()
+    tokens, keys = seen[0]
+    torch.testing.assert_close(keys, attention.to_k(tokens), rtol=0, atol=0)  # not rotated
+    attention.to_k.forward = lambda tokens: keys * 0  # as tools that move weights about do
+    assert gap(call(placed, 16, 16), want) > 1e-6

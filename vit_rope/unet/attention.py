@@ -8,12 +8,15 @@ attention sees it, so it hands the grid on with the tokens.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..attention import attend, attend_linear, unread
-from ..positions import Position
+from ..attention import attend, attend_linear, attend_packed, unread
+from ..positions import Encoding, Position
+from ..positions.encoding import turns_alike
 from .maps import Kind, MapLayout
 
 
@@ -49,20 +52,39 @@ class PositionProcessor:
         x = x.contiguous()  # once, or each of the three projections would do it for itself
         coords, grid = attn.layout.coords(grid, x.device), list(grid)
         x = attn.position.embed(x, coords, grid)
-        q, k, v = (to(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in (attn.to_q, attn.to_k, attn.to_v))
-        q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
-        encoding = attn.position(coords, grid=grid)
-        if self.kind == "linear":
-            x = attend_linear(q, k, v, encoding, mask=attention_mask)
-        else:
-            x = attend(q, k, v, encoding, mask=attention_mask, overwrite=unread(attn.to_q, attn.to_k))
+        x = self.attend(attn, x, attn.position(coords, grid=grid), attention_mask)
         x = attn.to_out[1](attn.to_out[0](x.transpose(1, 2).flatten(2)))
         if hidden_states.ndim == 4:
             x = x.transpose(-1, -2).reshape(hidden_states.shape)
         if attn.residual_connection:
             x = x + hidden_states
         return x / attn.rescale_output_factor
+
+    def attend(self, attn: Any, x: Tensor, encoding: Encoding, mask: Tensor | None) -> Tensor:
+        """Attention (B, H, N, D) of tokens (B, N, C); what turns alike is projected and turned at once."""
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        if self.kind == "softmax" and turns_alike(encoding) and attn.norm_q is attn.norm_k is None:
+            packed = pack(*projections)
+            if packed is not None:
+                return attend_packed(F.linear(x, *packed), attn.heads, encoding, mask=mask, overwrite=True)
+        q, k, v = (to(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in projections)
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        if self.kind == "linear":
+            return attend_linear(q, k, v, encoding, mask=mask)
+        return attend(q, k, v, encoding, mask=mask, overwrite=unread(attn.to_q, attn.to_k))
+
+
+def pack(*projections: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of one projection in place of several, where they are plain ones that nobody watches."""
+    linears: Any = projections
+    if any(type(part) is not nn.Linear or "forward" in vars(part) for part in projections) or not unread(*projections):
+        return None
+    watched = any(part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks for part in projections)
+    biases = [part.bias for part in linears if part.bias is not None]
+    if watched or len({part.out_features for part in linears}) > 1 or len(biases) not in (0, len(linears)):
+        return None
+    return torch.cat([part.weight for part in linears]), torch.cat(biases) if biases else None
 
 
 class PlacedAttention(Attention):
