@@ -71,10 +71,10 @@ def plot_growth(tokens: Sequence[int], curves: dict[str, dict[str, list[float]]]
     }
     figure = Figure(figsize=(11.5, 3.9), layout="constrained")
     for axis, (kind, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for spec, found in curves.items():
+        for index, (spec, found) in enumerate(curves.items()):
             if kind in found:
                 label = f"{spec}: N^{slope(tokens, found[kind]):.2f}"
-                axis.loglog(tokens, found[kind], marker="o", markersize=3, label=label)
+                axis.loglog(tokens, found[kind], color=f"C{index}", marker="o", markersize=3, label=label)
         axis.set(title=title, xlabel="tokens N", ylabel=f"relative to N = {tokens[0]}")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, title="slope of the larger half")
