@@ -145,6 +145,22 @@ class Locate(InPython):
 register_notrace_module(Locate)
 
 
+class Place(InPython):
+    """`position.embed` of a model as a module, which tracers take as one step, whatever `add` does with arguments."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.owner = (model,)  # in a tuple, or it would become a part of its own part
+
+    @torch.jit.ignore
+    def forward(self, x: Tensor, coords: Tensor, grid: list[int] | None, layer: int) -> Tensor:
+        model: Any = in_python(self).owner[0]
+        return model.position.embed(x, coords, grid, layer)
+
+
+register_notrace_module(Place)
+
+
 def by(sizes: Sequence[int]) -> str:
     """Sizes as a person writes them: 224 x 224."""
     return " x ".join(str(n) for n in sizes)

@@ -39,14 +39,13 @@ from torch import Tensor, nn
 from .attention import attend, attend_linear, attend_packed, check_linear, unread
 from .layouts import translate
 from .memory import remembering
-from .patches import Locate, PatchEmbed2d, PatchEmbedNd, by, sizes
+from .patches import Locate, PatchEmbed2d, PatchEmbedNd, Place, by, sizes
 from .positions import Encoding, Layout, Position, build
 from .positions import coords as places
 from .positions.absolute import Learned
-from .positions.base import embedded
 
 register_notrace_module(Position)
-for function in (attend, attend_linear, attend_packed, embedded, remembering, places.take):
+for function in (attend, attend_linear, attend_packed, remembering, places.take):
     register_notrace_function(function)
 
 
@@ -244,6 +243,7 @@ class RopeViT(VisionTransformer):
             self.locate.image = None
         self.position = scheme if device is None else scheme.to(device)
         self.each_layer = scheme.each_layer
+        self.place = Place(self)
         for block in self.blocks if attention == "linear" else ():
             cast(Any, block).attn.linearise()
         # a Sequential could be called as a whole, and would run without positions
@@ -277,7 +277,7 @@ class RopeViT(VisionTransformer):
         where, grid = located[0], located[1]
         x = self.patch_embed(x)
         shape = x.shape
-        x = self.position.embed(x.flatten(1, -2), where, grid, 0)
+        x = self._place(x.flatten(1, -2), where, grid, 0)
         x = self._pos_embed(x.view(shape) if self.dynamic_img_size else x)
         if self.pos_embed is None:
             x = self.pos_drop(x)
@@ -288,10 +288,17 @@ class RopeViT(VisionTransformer):
                 where = places.take(where, keep)
         return self.norm_pre(x), self.position(where, self.num_prefix_tokens, None, None, grid), where, grid
 
+    def _place(self, x: Tensor, where: Tensor, grid: list[int] | None, layer: int) -> Tensor:
+        """Patch tokens (B, N, C) with their absolute places in them."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - it would compile the rest of a longer condition
+            if isinstance(x, torch.fx.Proxy):
+                return self.place(x, where, grid, layer)
+        return self.position.embed(x, where, grid, layer)
+
     def _embed_again(self, x: Tensor, where: Tensor, grid: list[int] | None, layer: int) -> Tensor:
         """Tokens (B, prefix + N, C) with their places in them once more, for schemes that act before every layer."""
         prefix = self.num_prefix_tokens
-        return torch.cat((x[:, :prefix], self.position.embed(x[:, prefix:], where, grid, layer)), dim=1)
+        return torch.cat((x[:, :prefix], self._place(x[:, prefix:], where, grid, layer)), dim=1)
 
     def forward_features(
         self,

@@ -180,14 +180,8 @@ class Position(InPython):
     @torch.jit.ignore
     def embed(self, x: Tensor, coords: Tensor, grid: list[int] | None = None, layer: int = 0) -> Tensor:
         """Patch tokens x (B, N, C) with their absolute places in them, for `coords` and `grid` as in a call."""
-        return embedded(self, x, coords, grid, layer)
-
-
-@torch.fx.wrap
-def embedded(position: Position, x: Tensor, coords: Tensor, grid: list[int] | None, layer: int) -> Tensor:
-    """What `position.embed` gives, as one step of a traced graph, so that `add` may branch on all that it is given."""
-    position = in_python(position)
-    return position.add(x, places.check(coords, position.axes), grid, layer)
+        self = in_python(self)
+        return self.add(x, places.check(coords, self.axes), grid, layer)
 
 
 class Sum(Position):
