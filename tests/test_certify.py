@@ -75,6 +75,15 @@ def test_a_grid_can_be_too_large_for_a_scheme():
         assert_reversible(period, (9, 9), layout)
 
 
+def test_large_grids_and_single_cells():
+    layout = Layout(width=384, heads=6, grid=(40, 40), depth=12)
+    assert assert_relative(build("axial", layout)) < 1e-9
+    assert assert_reversible(build("axial", layout), (40, 40)) > 1e-2
+    with pytest.raises(CertificateError, match="not reversible"):
+        assert_reversible(build("sumcoords", layout), (40, 40))
+    assert assert_reversible(build("axial", layout), (1, 1)) == math.inf
+
+
 def test_a_certificate_is_an_assertion_error():
     assert issubclass(CertificateError, AssertionError)
 

@@ -76,26 +76,29 @@ def relativity_error(module: nn.Module, layout: Layout | None = None, seed: int 
 
 
 def nearest(position: Position, layout: Layout, coords: Tensor, seed: int = 0) -> tuple[float, Tensor, Tensor]:
-    """The two of the places (N, A) that look most alike, and how far apart their logits are as a part of the spread."""
+    """The two of the places (N, A) that look most alike, and how far apart their logits are as a part of the spread.
+
+    Logits of all layers and heads are added up with random factors, which hides no difference but by a rare chance.
+    """
     generator = torch.Generator().manual_seed(seed)
     others = coords[torch.randperm(len(coords), generator=generator)[:PLACES]]
     content = torch.randn(layout.width, generator=generator, dtype=torch.float64)
     weights = torch.randn(2, layout.width, layout.width, generator=generator, dtype=torch.float64) / layout.width**0.5
-    parts = []
-    for queries, keys in ((coords, others), (others, coords)):
+    factors = torch.randn(2, layout.depth, layout.heads, 1, 1, generator=generator, dtype=torch.float64)
+    seen = []  # (N, M) of logits to and from each place
+    for (queries, keys), factor in zip(((coords, others), (others, coords)), factors, strict=True):
         encoding = position(queries, key_coords=keys)
         q, k = (
             _heads(_embedded(position, layout, content.expand(1, len(c), -1), c) @ w, layout)
             for c, w in zip((queries, keys), weights, strict=True)
         )
-        for layer in range(layout.depth):
-            logits = _logits(q, k, encoding, layer)
-            parts.append((logits if queries is coords else logits.mT).transpose(0, 1).flatten(1))
-    seen = torch.cat(parts, dim=1).detach()  # (N, all logits to and from a place)
-    apart = torch.cdist(seen, seen, p=float("inf")).fill_diagonal_(float("inf")) if len(seen) > 1 else torch.ones(1, 1)
-    index = int(apart.argmin())
-    one, two = divmod(index, len(coords))
-    return float(apart.min() / seen.std().clamp(min=1e-30)), coords[one], coords[two]
+        layers = [_logits(q, k, encoding, layer) * factor[layer] for layer in range(layout.depth)]
+        mixed = torch.cat(layers).sum(dim=0)
+        seen.append(mixed if queries is coords else mixed.mT)
+    looks = torch.cat(seen, dim=1).detach()
+    apart = torch.cdist(looks, looks, p=float("inf")).fill_diagonal_(float("inf"))
+    one, two = divmod(int(apart.argmin()), len(coords))
+    return float(apart[one, two] / looks.std(correction=0).clamp(min=1e-30)), coords[one], coords[two]
 
 
 class _Seen(NamedTuple):

@@ -3,6 +3,7 @@
 from . import (
     absolute,
     bias,
+    comrope,
     controls,
     convolution,
     coords,
@@ -34,6 +35,7 @@ __all__ = [
     "absolute",
     "bias",
     "build",
+    "comrope",
     "controls",
     "convolution",
     "coords",
