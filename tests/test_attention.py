@@ -10,7 +10,7 @@ from tests import oracles
 from vit_rope.attention import attend, attend_packed
 from vit_rope.positions import Encoding, Layout, build
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import Side
+from vit_rope.positions.encoding import Relative, Side
 
 COORDS = grid((2, 3)).double()
 ROTARY = build("mixed", Layout(width=16, heads=2, grid=(2, 3), depth=3))(COORDS, prefix=1)
@@ -90,6 +90,22 @@ def test_without_a_bias_no_mask_reaches_the_kernel(spec, monkeypatch):
     assert seen[1].shape == (1, 2, 7, 7)
 
 
+@pytest.mark.parametrize("spec", ["axial", "mixed", "alibi", 'alibi(distance="quadratic")', "shaw", "swin", "liere"])
+def test_keys_may_have_more_tokens_without_a_place_than_queries(spec):
+    torch.manual_seed(0)
+    position = build(spec, Layout(width=16, heads=2, grid=(2, 3), depth=1))
+    q, k = torch.randn(1, 2, 7, 8, dtype=torch.float64), torch.randn(1, 2, 9, 8, dtype=torch.float64)
+    v = torch.eye(9, dtype=torch.float64).expand(1, 2, -1, -1)
+    encoding = position(COORDS, prefix=1, key_coords=COORDS, key_prefix=3)
+    weights = attend(q, k, v, encoding)
+    placed = attend(q[:, :, 1:], k[:, :, 3:], v[:, :, 3:, 3:], position(COORDS))
+    among = weights[:, :, 1:, 3:] / weights[:, :, 1:, 3:].sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(among, placed, rtol=0, atol=1e-9)
+    plain = (q[:, :, :1] @ k[:, :, :3].transpose(-2, -1) / 8**0.5).softmax(dim=-1)
+    rest = weights[:, :, :1, :3] / weights[:, :, :1, :3].sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(rest, plain, rtol=0, atol=1e-9)
+
+
 def test_dropout_drops():
     torch.manual_seed(0)
     q, k, v = qkv()
@@ -111,6 +127,14 @@ def test_dropout_drops():
             "places 7 tokens, but there are 8 queries",
         ),
         (lambda: attend(*qkv(), ROTARY, mask=~CLOSED, causal=True), "attend takes a mask or causal=True, not both"),
+        (
+            lambda: attend(*qkv(), Encoding(bias=[torch.zeros(1, 1, 7, 8)])),
+            "places 8 tokens, but there are 7 keys",
+        ),
+        (
+            lambda: attend(*qkv(), Encoding(terms=[[Relative(torch.ones(1, 1, 8), torch.zeros(1, 7, 6).long(), "v")]])),
+            "places 6 tokens, but there are 7 keys",
+        ),
         (
             lambda: attend_packed(torch.zeros(1, 7, 50), 2, ROTARY),
             "50 channels do not divide into queries, keys and values of 2 heads",

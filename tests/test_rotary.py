@@ -14,7 +14,8 @@ from timm.layers.pos_embed_sincos import (
 )
 
 from tests import oracles
-from vit_rope.positions import Layout, Rotary, build
+from vit_rope.attention import attend, attend_packed
+from vit_rope.positions import Layout, Rotary, build, rotary
 from vit_rope.positions.coords import grid
 from vit_rope.positions.rotation import rotate
 
@@ -231,6 +232,31 @@ def test_two_learned_steps_need_no_retained_graph():
         optimizer.zero_grad()
         position(coords).q.turn[0].square().sum().add(position(coords).q.turn[0].sum()).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("spec", ["mixed", "mixed + axial", "learned + mixed", "yarn(mixed)"])
+def test_tables_too_large_at_once_are_made_layer_by_layer(spec, monkeypatch):
+    torch.manual_seed(0)
+    layout = Layout(width=32, heads=2, grid=(3, 4), depth=3)
+    position, coords = build(spec, layout), layout.coords()
+    q, k, v = torch.randn(3, 2, 2, 13, 16)
+    found = []
+    for room in (rotary.TABLES, 0):
+        monkeypatch.setattr(rotary, "TABLES", room)
+        encoding = position(coords, prefix=1, grid=[3, 4])
+        if "axial" not in spec:  # a sum of rotations needs both tables
+            assert (encoding.q.angles is None) == (room > 0)
+        position.zero_grad()
+        out = [attend(q, k, v, encoding, layer) for layer in range(3)]
+        packed = [attend_packed(torch.stack((q, k, v), 3).permute(0, 2, 3, 1, 4).flatten(2), 2, encoding, 1)]
+        elsewhere = position(coords, prefix=1, key_coords=coords[:4], grid=[3, 4])
+        part = [attend(q, k[:, :, :5], v[:, :, :5], elsewhere, 2)]
+        sum(o.square().sum() for o in [*out, *packed, *part]).backward()
+        grads = [p.grad for p in position.parameters() if p.grad is not None]
+        assert grads
+        found.append([*out, *packed, *part, *grads])
+    for at_once, one_by_one in zip(*found, strict=True):
+        torch.testing.assert_close(one_by_one, at_once, rtol=1e-5, atol=1e-5)
 
 
 def test_repr_tells_periods():

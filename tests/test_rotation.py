@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import oracles
+from vit_rope.positions import rotation
 from vit_rope.positions.coords import grid
 from vit_rope.positions.rotation import angles, formula, rotate, rotate_groups, turns
 
@@ -80,6 +81,27 @@ def test_gradients_of_channels_and_of_angles(stride, prefix, shape, overwrite):
 
     assert torch.autograd.gradcheck(turned, (x, theta))
     assert torch.autograd.gradgradcheck(lambda x, theta: turned(x, theta)[:2], (x, theta))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 4), (1, 3, 2, 4), (5, 3, 2, 4)])
+@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_of_a_batch_are_the_whole(shape, stride, dtype, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, 3, 2, 9).to(dtype)
+    theta = 5 * torch.randn(shape)
+    upstream = torch.randn(3, 5, 2, 4, 9).to(dtype)
+    found = {}
+    for room in (10**9, 300):  # bytes: all samples at once, or one forwards, and four and the one left backwards
+        monkeypatch.setattr(rotation, "SCRATCH", room)
+        leaf, angle = x.clone().requires_grad_(), theta.clone().requires_grad_()
+        out = rotate_groups(leaf * 1, table(angle), 2, stride, 1, overwrite=True)
+        for got, want in zip(out[:2], x.unbind(2), strict=False):
+            want = by_hand(want.transpose(1, 2), theta, stride, 1)
+            torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=2**-7)
+        found[room] = [*out, *torch.autograd.grad(out, [leaf, angle], list(upstream))]
+    for whole, pieces in zip(*found.values(), strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -230,10 +230,10 @@ def _bias(
 ) -> Tensor | None:
     """What is added to the scaled logits (B, H, N, M), if anything: of place alone, and of content and place."""
     bias = _entry(encoding.bias, layer) if encoding.bias else None
-    if bias is not None:
-        _check(bias.shape[2], 0, q.shape[2], "queries")
+    for table in (*(() if bias is None else (bias,)), *(term.index for term in terms)):
+        _check(table.shape[-2], 0, q.shape[2], "queries")
+        _check(table.shape[-1], 0, k.shape[2], "keys")
     for term in terms:
-        _check(term.index.shape[-2], 0, q.shape[2], "queries")
         if term.on == "q":
             found = _of_index(q, term) * scale
         elif term.on == "k":
