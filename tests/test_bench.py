@@ -130,3 +130,9 @@ def test_bad_requests(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "unet", "--rounds", "1"])
     assert "quartiles need at least 2 rounds, got 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "startup", "--specs", "axial"])
+    assert "startup measures no schemes; leave --specs out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "rotation", "--specs", "alibi"])
+    assert "alibi turns no queries, so it has no rotation to measure" in capsys.readouterr().err

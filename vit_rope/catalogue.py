@@ -2,6 +2,8 @@
 
 import argparse
 import inspect
+import os
+import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,7 +25,11 @@ def main(args: Sequence[str]) -> None:
         "mask; learned: training changes it; extrapolates: places beyond the training grid differ too.",
     )
     parser.add_argument("--sort", choices=["scheme", *CLAIMS], default="scheme", help="a column: those that do, first")
-    print(scheme_table(parser.parse_args(args).sort))
+    table = scheme_table(parser.parse_args(args).sort)
+    try:
+        print(table, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; what is left must not be tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def scheme_table(sort: str = "scheme") -> str:

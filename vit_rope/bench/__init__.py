@@ -23,7 +23,7 @@ from rich.table import Table
 
 TOPICS = {
     "rotation": "rotating queries and keys, against copying them, beside other libraries",
-    "model": "ViT-S/16 with every scheme, and timm's own, against timm's plain one",
+    "model": "ViT-S/16 under the schemes that --specs names, and timm's own, against timm's plain one",
     "block": "a compiled ViT-S block, and the peak memory of an eager one, against none",
     "tables": "making the tables of turns, against a ViT-S block and timm",
     "growth": "time and memory against the number of tokens and of axes, with a plot",
@@ -151,13 +151,15 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.error(f"torch needs at least one thread, got {options.threads}")
     if sys.argv[1:2] == ["bench"] and sys.platform == "linux" and not STEADY.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, "-m", "vit_rope", *sys.argv[1:]], os.environ | STEADY)
+    if options.specs and options.topic == "startup":
+        parser.error("startup measures no schemes; leave --specs out")
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     topic: Any = importlib.import_module(f".{options.topic}", __name__)
     try:
         given = {} if options.specs is None else {"specs": options.specs}
         found = topic.bench(rounds=options.rounds, out=options.out, **given)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         parser.error(str(error))
     finally:
         torch.set_num_threads(threads)

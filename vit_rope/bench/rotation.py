@@ -41,10 +41,10 @@ def bench(specs: Sequence[str] = ("axial", "mixed"), rounds: int = 9, out: str =
             found += ratios(f"forward, {name}", runs, rounds, at_least=0.01)
             runs = {key: _both(rotate, qkv, heads) for key, rotate in candidates.items()}
             for spec in specs:
-                table = _table(spec, heads, side)
+                table, stride = _table(spec, heads, side)
                 if table.requires_grad:
                     table = table.detach().requires_grad_()
-                    runs[f"vit_rope {spec}, learned"] = _both(_ours(table, prefix), qkv, heads, [table])
+                    runs[f"vit_rope {spec}, learned"] = _both(_ours(table, stride, prefix), qkv, heads, [table])
             found += ratios(f"forward and backward, {name}", runs, rounds, at_least=0.01)
     return found
 
@@ -59,17 +59,20 @@ def copied(groups: Tensor) -> Sequence[Tensor]:
 
 def ours(specs: Sequence[str], heads: int, side: int, prefix: int) -> dict[str, Rotate]:
     """The library's rotations, in place, by tables made once."""
-    tables = {spec: _table(spec, heads, side).detach() for spec in specs}
-    return {f"vit_rope {spec}": _ours(table, prefix) for spec, table in tables.items()}
+    tables = {spec: _table(spec, heads, side) for spec in specs}
+    return {f"vit_rope {spec}": _ours(table.detach(), stride, prefix) for spec, (table, stride) in tables.items()}
 
 
-def _table(spec: str, heads: int, side: int) -> Tensor:
+def _table(spec: str, heads: int, side: int) -> tuple[Tensor, int]:
     layout = Layout(heads * HEAD, heads, (side, side), 1)
-    return (build(spec, layout)(layout.coords(), grid=[side, side]).q.turn or [])[0]
+    encoding = build(spec, layout)(layout.coords(), grid=[side, side])
+    if not encoding.q.turn:
+        raise ValueError(f"{spec} turns no queries, so it has no rotation to measure; --specs takes rotary schemes")
+    return encoding.q.turn[0], encoding.stride
 
 
-def _ours(table: Tensor, prefix: int) -> Rotate:
-    return lambda groups: rotate_groups(groups, table, 2, 1, prefix, overwrite=True)
+def _ours(table: Tensor, stride: int, prefix: int) -> Rotate:
+    return lambda groups: rotate_groups(groups, table, 2, stride, prefix, overwrite=True)
 
 
 def peers(heads: int, side: int, prefix: int, dtype: torch.dtype) -> dict[str, Rotate]:
@@ -94,7 +97,7 @@ def peers(heads: int, side: int, prefix: int, dtype: torch.dtype) -> dict[str, R
         "timm mixed": each(lambda x: apply_rot_embed_cat(x, mixed)),
         "timm dinov3": each(lambda x: apply_rot_embed_cat(x, dinov3, half=True)),
     }
-    theta = _table("axial", heads, side)[0, :, 0]  # (N, R, 2)
+    theta = _table("axial", heads, side)[0][0, :, 0]  # (N, R, 2)
     cis = torch.view_as_complex(theta)
 
     def as_complex(x: Tensor) -> Tensor:

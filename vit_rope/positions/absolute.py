@@ -20,7 +20,7 @@ class Absolute(Position):
 
     def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
         """Vectors (N, C) or (B, N, C) of coordinates (N, A) or (B, N, A), at least as precise as those."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs vectors()")
 
     def places(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
         """The vectors, which autocast does not round."""

@@ -37,7 +37,7 @@ class Bias(Position):
 
     def logits(self, delta: Tensor) -> Tensor:
         """Logits (L, H, …) of displacements (…, A)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs logits()")
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         return Encoding(bias=self.tables(self.logits, coords, key_coords, grid))

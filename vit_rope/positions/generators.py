@@ -108,7 +108,7 @@ class Exponential(Position):
         self.size = layout.head_dim
 
     def generators(self, coords: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs generators()")
 
     def rotations(self, coords: Tensor) -> Tensor:
         """The blocks (L, B, N, H, S, b, b) of R(p) at coordinates (N, A) or (B, N, A)."""

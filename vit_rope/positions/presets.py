@@ -180,7 +180,7 @@ class Exact(Rotary):
 
     def angle(self, coords: Tensor, exact: Tensor) -> Tensor:
         """Angles (…, A, R) of coordinates (…, A, 1), of which the sum over the axes counts."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs angle()")
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         k = None if key_coords is None else self.side(key_coords)

@@ -37,7 +37,7 @@ class Terms(Position):
 
     def rows(self, axis: int, line: Tensor) -> list[tuple[str, Tensor]]:
         """What tables (L, H, T, D) of displacements `line` (T,) along an axis act on: "q", "k" or "v"."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs rows()")
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         lines, index = offsets.along_axes(self.layout, coords, key_coords, grid)
