@@ -1,0 +1,294 @@
+"""From noise to images, step by step.
+
+The schedulers are diffusers' own, stepped by one loop. What a model predicts is turned into the image that it means,
+clipped to the range of images where the model's training says so, and handed on as a velocity. That keeps samplers
+stable which do not clip by themselves, and asks of none of them to know the model's kind of prediction.
+
+Image i is drawn from a generator of its own, `seed + i`, and networks see tiles of a fixed number of images, for the
+last bit of a convolution depends on how many come together. So an image is the same however many were drawn with it.
+"""
+
+import inspect
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # by the names that samplers go by, diffusers' classes
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++1s": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+}
+
+Watch = Callable[[float, Tensor], None]
+
+
+class Trained(NamedTuple):
+    """A denoiser, called as diffusers calls one, and what sampling must know of its training.
+
+    `noise` is the diffusers scheduler that it was trained with. Labels are below `classes`, 0 for a model without;
+    `null_label` means "of any class" to a model that was trained with some labels left out.
+    """
+
+    unet: Any
+    noise: Any
+    classes: int = 0
+    null_label: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in training."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def multiple(self) -> int:
+        """What height and width of an image must divide by."""
+        blocks = getattr(self.unet, "down_blocks", None)
+        if blocks is None:
+            return int(self.unet.config.patch_size)
+        return 2 ** sum(getattr(block, "downsamplers", None) is not None for block in blocks)
+
+
+def sample(
+    trained: Trained,
+    n: int = 1,
+    steps: int = 50,
+    scheduler: str = "ddim",
+    size: Sequence[int] | None = None,
+    labels: Sequence[int] | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    watch: Watch | None = None,
+    until: int | None = None,
+) -> Tensor:
+    """Images (n, C, H, W) in [-1, 1], float32 on the CPU, of which image i depends on `seed + i` and not on `n`.
+
+    `size` (height, width) is that of training unless given. `labels` are used in turn; left out, a model with classes
+    draws of any. `guidance` above 1 exaggerates what a label changes (classifier-free guidance, arXiv:2207.12598).
+    `watch` is called before the first and after every step with the share that is done and the images at hand.
+    With `until`, another seed, the images lie on the way from the noise of `seed` to that of `until`, the first and the
+    last one included. Raises ValueError, before any work, for what the model cannot do.
+    """
+    return torch.cat(list(sample_batches(trained, n, steps, scheduler, size, labels, guidance, seed, n, watch, until)))
+
+
+def sample_batches(
+    trained: Trained,
+    n: int = 1,
+    steps: int = 50,
+    scheduler: str = "ddim",
+    size: Sequence[int] | None = None,
+    labels: Sequence[int] | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    batch: int = 64,
+    watch: Watch | None = None,
+    until: int | None = None,
+) -> Iterator[Tensor]:
+    """The images of `sample`, `batch` at a time, so that any number needs little memory."""
+    if min(n, batch) < 1:
+        raise ValueError(f"sampling wants at least one image and batches of at least one, got {n} and {batch}")
+    size = trained.size if size is None else (size[0], size[1])
+    check(trained, scheduler, steps, size, labels, guidance)
+    device = next(trained.unet.parameters()).device
+    count, shape = tile_size(size, device), (trained.unet.config.in_channels, *size)
+    tiles = math.ceil(n / count)
+
+    def images() -> Iterator[Tensor]:
+        for tile in range(tiles):
+            numbers = range(tile * count, (tile + 1) * count)  # the last tile is filled up with images nobody sees
+
+            def seen(share: float, x: Tensor, tile: int = tile) -> None:
+                if watch is not None:
+                    watch((tile + share) / tiles, x[: n - tile * count])
+
+            generators = [_generator(seed if until is not None else seed + i) for i in numbers]
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+            if until is not None:
+                end = torch.randn(shape, generator=_generator(until))
+                noise = torch.stack([between(x, end, i / max(n - 1, 1)) for i, x in zip(numbers, noise, strict=True)])
+            yield from denoise(
+                trained,
+                make_scheduler(scheduler, trained.noise, steps, device),
+                noise,
+                generators,
+                _labels(trained, labels, numbers, device),
+                guidance,
+                seen,
+            )
+
+    def batches() -> Iterator[Tensor]:
+        drawn = itertools.islice(images(), n)
+        while some := list(itertools.islice(drawn, batch)):
+            yield torch.stack(some)
+
+    return batches()
+
+
+@torch.no_grad()
+def denoise(
+    trained: Trained,
+    scheduler: Any,
+    x: Tensor,
+    generators: list[torch.Generator],
+    labels: Tensor | None = None,
+    guidance: float = 1.0,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Images out of noise x (B, C, H, W) by all steps of a scheduler from `make_scheduler`, with the model as it is.
+
+    A scheduler that adds noise on the way takes that of image i from generator i.
+    """
+    unet, config = trained.unet, trained.noise.config
+    parameter = next(unet.parameters())
+    limit = config.clip_sample_range if config.get("clip_sample") else math.inf
+    draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    if watch is not None:
+        watch(0.0, x)
+    x = x.to(parameter.device) * float(scheduler.init_noise_sigma)
+    guided = guidance != 1.0 and labels is not None
+    if labels is not None and guided:
+        labels = torch.cat((labels, torch.full_like(labels, _null(trained))))
+    for i, time in enumerate(scheduler.timesteps):
+        noisy = scheduler.scale_model_input(x, time)
+        signal, noise = levels(scheduler, time)
+        seen = (torch.cat((noisy, noisy)) if guided else noisy).to(parameter.dtype)
+        prediction = unet(seen, time, *(() if labels is None else (labels,))).sample.float()
+        if guided:
+            with_label, without = prediction.chunk(2)
+            prediction = without + guidance * (with_label - without)
+        image = to_image(config.prediction_type, noisy, prediction, signal, noise).clamp(-limit, limit)
+        with _no_deprecations():
+            x = scheduler.step((signal * noisy - image) / noise, time, x, **draws).prev_sample
+        if watch is not None:
+            last = i + 1 == len(scheduler.timesteps)
+            watch((i + 1) / len(scheduler.timesteps), (x if last else noisy).clamp(-1, 1).cpu())
+    return x.clamp(-1, 1).cpu()
+
+
+def between(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """Noise that is this share of the way from one to another, as strong as they are."""
+    angle = share * math.pi / 2
+    return math.cos(angle) * start + math.sin(angle) * end
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed % 2**63)
+
+
+def make_scheduler(name: str, noise: Any, steps: int, device: torch.device | None = None) -> Any:
+    """diffusers' scheduler of a short name, ready for `steps` steps under the training's schedule `noise`.
+
+    It expects velocities. Raises ValueError, with all names, for an unknown one.
+    """
+    import diffusers  # by now the slow import is worth its time
+
+    check_scheduler(name)
+    kind, own = SCHEDULERS[name]
+    options = {
+        "trained_betas": noise.betas.double().tolist(),  # numbers, for not every scheduler knows every schedule's name
+        "num_train_timesteps": len(noise.betas),
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "leading",  # near pure noise, Heun is unstable and Euler's ancestral step can be NaN
+        "clip_sample": False,
+    }
+    cls = getattr(diffusers, kind)
+    known = inspect.signature(cls.__init__).parameters
+    with _no_deprecations():
+        scheduler = cls(**{key: value for key, value in options.items() if key in known}, **own)
+        scheduler.set_timesteps(steps, device=device)
+    return scheduler
+
+
+@contextmanager
+def _no_deprecations() -> Iterator[None]:
+    """Keep quiet about what diffusers' schedulers ask of NumPy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def levels(scheduler: Any, time: Tensor) -> tuple[float, float]:
+    """How much of the image and how much noise the model sees at this time; their squares sum to 1."""
+    if float(scheduler.init_noise_sigma) > 1:  # a scheduler that counts in noise for each unit of image
+        sigma = float(scheduler.sigmas[scheduler.step_index])
+        return (1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5
+    kept = float(scheduler.alphas_cumprod[int(time)])
+    return kept**0.5, (1 - kept) ** 0.5
+
+
+def to_image(kind: str, noisy: Tensor, prediction: Tensor, signal: float, noise: float) -> Tensor:
+    """The clean image that a prediction of this kind (diffusers' `prediction_type`) means."""
+    if kind == "sample":
+        return prediction
+    if kind == "epsilon":
+        return (noisy - noise * prediction) / signal
+    return signal * noisy - noise * prediction
+
+
+def tile_size(size: tuple[int, int], device: torch.device) -> int:
+    """How many images of this size a network sees at once: as many as make up one large image, and at most 64."""
+    side = 64 if device.type == "cpu" else 256
+    return max(1, min(64, side**2 // (size[0] * size[1])))
+
+
+def check(
+    trained: Trained,
+    scheduler: str,
+    steps: int,
+    size: tuple[int, int],
+    labels: Sequence[int] | None = None,
+    guidance: float = 1.0,
+) -> None:
+    """Raise a ValueError, of one line, for what `sample` cannot do with this model."""
+    check_scheduler(scheduler)
+    longest, factor = len(trained.noise.betas), trained.multiple
+    if not 1 <= steps <= longest:
+        raise ValueError(f"the model was trained with {longest} noise levels, so steps are 1 to {longest}, not {steps}")
+    if any(side < 1 or side % factor for side in size):
+        near = [max(1, round(side / factor)) * factor for side in size]
+        raise ValueError(
+            f"images of {size[0]} x {size[1]} do not divide by {factor}, which is how much this "
+            f"{type(trained.unet).__name__} downsamples; take {near[0]} x {near[1]}"
+        )
+    if labels and not trained.classes:
+        raise ValueError(f"the model was trained without labels, so it cannot draw label {labels[0]}; leave it out")
+    for label in labels or ():
+        if not 0 <= label < trained.classes:
+            raise ValueError(f"the model knows the labels 0 to {trained.classes - 1}, not {label}")
+    if not labels and trained.classes and trained.null_label is None:
+        raise ValueError("the model was never trained without a label; give one")
+    if guidance != 1.0 and (not labels or trained.null_label is None):
+        missing = "was never trained without a label" if labels else "needs a label to be guided towards"
+        raise ValueError(f"guidance {guidance:g} is of no use: the model {missing}")
+
+
+def check_scheduler(name: str) -> None:
+    """Raise a ValueError, with all names, for one that is not among `SCHEDULERS`."""
+    if name not in SCHEDULERS:
+        raise ValueError(f"unknown scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
+
+
+def _labels(trained: Trained, labels: Sequence[int] | None, numbers: range, device: torch.device) -> Tensor | None:
+    if not trained.classes:
+        return None
+    given = labels or [_null(trained)]
+    return torch.tensor([given[i % len(given)] for i in numbers], device=device)
+
+
+def _null(trained: Trained) -> int:
+    return -1 if trained.null_label is None else trained.null_label
