@@ -13,7 +13,7 @@ ROOT = Path(vit_rope.__file__).parent
 LAYERS = [
     {"positions"},
     {"attention"},
-    {"patches", "memory", "vit", "unet", "denoiser", "layouts"},
+    {"patches", "memory", "block", "vit", "unet", "denoiser", "layouts"},
     {"convert", "pretrained", "fold", "analysis", "certify", "sampling", "training"},
     {"plots", "bench", "catalogue"},
     {"__main__"},
@@ -22,7 +22,18 @@ OUTSIDE = {  # packages that only these parts may import, and the parts that may
     "lightning": {"training"},
     "jsonargparse": {"training"},
     "matplotlib": {"plots"},
-    "timm": {"patches", "layouts", "vit", "denoiser", "convert", "pretrained", "training", "bench", "__main__"},
+    "timm": {
+        "block",
+        "patches",
+        "layouts",
+        "vit",
+        "denoiser",
+        "convert",
+        "pretrained",
+        "training",
+        "bench",
+        "__main__",
+    },
     "diffusers": {"unet", "denoiser", "sampling", "training", "bench"},
 }
 

@@ -18,9 +18,9 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
+from .block import RopeBlock
 from .positions import Encoding, Layout, build
 from .unet.maps import begin_missing
-from .vit import RopeBlock
 
 
 class SteeredBlock(RopeBlock):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from ..block import RopeBlock
 from ..positions import Layout, build
 from ..positions.coords import grid
-from ..vit import RopeBlock
 from . import Ratio, once, ratios
 from .model import TIMM, under
 

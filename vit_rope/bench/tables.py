@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingMixed
 
+from ..block import RopeBlock
 from ..positions import Layout, build
 from ..positions.coords import grid
 from ..positions.encoding import tables
-from ..vit import RopeBlock
 from . import Ratio, ratios
 
 WIDTH, HEADS, DEPTH, BATCH = 384, 6, 12, 8
