@@ -14,7 +14,7 @@ VERBS = {
     "sample": "draw images from a trained denoiser: sample RUN --n 64 --steps 50 --out samples.png",
     "quality": "score samples of a trained denoiser: quality RUN --judge RUN_OF_A_CLASSIFIER",
     "schemes": "list every position scheme and what it claims: schemes --sort relative",
-    "bench": "measure speed as ratios: bench rotation --out rotation.csv",
+    "bench": "measure speed as ratios: bench rotate --out rotate.csv",
     "plot": "draw a picture: plot kernel axial mixed --out kernel.png, or plot study TABLE.csv",
 }
 HOMES = {  # modules whose main() takes the arguments after the verb, or with it

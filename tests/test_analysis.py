@@ -9,7 +9,7 @@ from tests import oracles
 from vit_rope import analysis
 from vit_rope.__main__ import main
 from vit_rope.analysis import kernel, reversibility_margin
-from vit_rope.catalogue import CLAIMS, scheme_table
+from vit_rope.catalogue import CLAIMS, fitting, scheme_table
 from vit_rope.positions import Encoding, Layout, Position, Rotary, build, schemes
 from vit_rope.positions.encoding import Relative, Side
 
@@ -322,3 +322,8 @@ def test_unknown_verbs(capsys):
     assert "no verb 'trian'" in capsys.readouterr().err
     main([])
     assert "vit-rope VERB" in capsys.readouterr().out
+
+
+def test_schemes_that_fit_a_model_are_all_but_those_for_signals():
+    names = {spec.partition("(")[0] for spec in fitting(Layout(48, 2, (4, 4), 2))}
+    assert set(schemes()) - names == {"xpos"}

@@ -8,10 +8,9 @@ import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from .positions import Layout, build
-from .positions.specs import _SCHEMES
+from .positions.specs import _SCHEMES, schemes
 
 CLAIMS = ("relative", "reversible", "flash", "learned", "extrapolates")
 
@@ -38,7 +37,7 @@ def scheme_table(sort: str = "scheme") -> str:
     for name, factory in sorted(_SCHEMES.items()):
         parameters = list(inspect.signature(factory).parameters.values())[1:]
         options = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
-        rows.append((name, _claims(name, parameters), inspect.cleandoc(factory.__doc__ or "").splitlines()[0], options))
+        rows.append((name, _claims(name), inspect.cleandoc(factory.__doc__ or "").splitlines()[0], options))
     if sort in CLAIMS:
         rows.sort(key=lambda row: not row[1][CLAIMS.index(sort)])
     name_width = max(len(name) for name, *_ in rows)
@@ -52,12 +51,28 @@ def scheme_table(sort: str = "scheme") -> str:
     return "\n".join(lines)
 
 
-def _claims(name: str, parameters: list[Any]) -> tuple[bool, ...]:
-    """What a scheme claims on an image, or on a signal where it has no form for images; modifiers with one inside."""
-    parts = sum(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in parameters)
-    tries = [(inside, grid) for inside in ("axial", "learned") for grid in ((14, 14), (14,))]
-    for inside, grid in tries:
-        with suppress(ValueError):
-            scheme = build(f"{name}({', '.join([inside] * parts)})", Layout(width=48, heads=2, grid=grid, depth=2))
+def _claims(name: str) -> tuple[bool, ...]:
+    """What a scheme claims on an image, or on a signal where it has no form for images."""
+    for grid in ((14, 14), (14,)):
+        layout = Layout(width=48, heads=2, grid=grid, depth=2)
+        if spec := example(name, layout):
+            scheme = build(spec, layout)
             return scheme.relative, scheme.reversible, scheme.keeps_flash, scheme.learned, scheme.extrapolates
     raise ValueError(f"{name} takes neither axial nor learned inside it, on images or on signals")
+
+
+def fitting(layout: Layout) -> list[str]:
+    """A spec of each registered scheme that a layout allows."""
+    return [spec for name in schemes() if (spec := example(name, layout))]
+
+
+def example(name: str, layout: Layout) -> str:
+    """A spec of a scheme, of a modifier with axial or learned inside; empty where the layout allows neither."""
+    parameters = list(inspect.signature(_SCHEMES[name]).parameters.values())[1:]
+    parts = sum(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in parameters)
+    for inside in ("axial", "learned"):
+        spec = f"{name}({', '.join([inside] * parts)})" if parts else name
+        with suppress(ValueError):
+            build(spec, layout)
+            return spec
+    return ""

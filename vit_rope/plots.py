@@ -5,15 +5,18 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from .analysis import kernel
 from .positions import Layout, build
+
+if TYPE_CHECKING:
+    from .bench.measure import Ratio
 
 
 def plot_kernel(
@@ -56,30 +59,63 @@ def plot_kernel(
     return path
 
 
-def plot_growth(tokens: Sequence[int], curves: dict[str, dict[str, list[float]]], out: Path) -> Path:
+def plot_growth(curves: dict[str, dict[str, dict[int, float]]], out: Path) -> Path:
     """Draw how time and memory of schemes grow with the number of tokens, with the slopes, and write a PNG.
 
-    `curves` has, for each spec, values for each number of tokens, relative to the first, of "attention", "encoding" and
-    "memory".
+    `curves` has a panel by title, in it a curve by spec: for each number of tokens a value relative to the first.
     """
     from .bench.growth import slope
 
-    titles = {
-        "attention": "Time of encoding and attention",
-        "encoding": "Time of encoding alone",
-        "memory": "Peak memory of both",
-    }
-    figure = Figure(figsize=(11.5, 3.9), layout="constrained")
-    for axis, (kind, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for index, (spec, found) in enumerate(curves.items()):
-            if kind in found:
-                label = f"{spec}: N^{slope(tokens, found[kind]):.2f}"
-                axis.loglog(tokens, found[kind], color=f"C{index}", marker="o", markersize=3, label=label)
-        axis.set(title=title, xlabel="tokens N", ylabel=f"relative to N = {tokens[0]}")
+    figure = Figure(figsize=(3.85 * len(curves), 3.9), layout="constrained")
+    for axis, (title, some) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for spec, found in some.items():
+            tokens, values = list(found), list(found.values())
+            label = f"{spec}: N^{slope(tokens, values):.2f}"
+            axis.loglog(tokens, values, color=f"C{_specs(curves).index(spec)}", marker="o", markersize=3, label=label)
+            axis.set_ylabel(f"relative to N = {tokens[0]}")
+        axis.set(title=title.capitalize(), xlabel="tokens N")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, title="slope of the larger half")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
+    return out
+
+
+def _specs(curves: dict[str, dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(spec for some in curves.values() for spec in some))
+
+
+def plot_ratios(found: "Sequence[Ratio]", out: Path) -> Path:
+    """Draw what each candidate took against the reference of its group, with quartiles, and write a PNG.
+
+    The more numerous of groups and candidates have a line each, the others a colour.
+    """
+    groups, names = (list(dict.fromkeys(keys)) for keys in ([r.group for r in found], [r.candidate for r in found]))
+    lines, colours = (groups, names) if len(groups) >= len(names) else (names, groups)
+    height = 0.22 * len(lines) * max(1.0, len(colours) / 6) + 1.2
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    for index, colour in enumerate(colours):
+        some = [r for r in found if colour in (r.group, r.candidate)]
+        at = [lines.index(r.group if lines is groups else r.candidate) for r in some]
+        aside = 0.7 * (index + 0.5) / len(colours) - 0.35
+        spread = [[r.median - r.low for r in some], [r.high - r.median for r in some]]
+        style: dict[str, Any] = {"markersize": 4, "linewidth": 1, "color": f"C{index % 10}", "label": colour}
+        medians = [r.median for r in some]
+        axes.errorbar(medians, [y + aside for y in at], xerr=spread, fmt="osDv^<>Ph*"[index // 10 % 10], **style)
+    axes.axvline(1, color="0.5", linewidth=0.8, zorder=0)
+    axes.set(title="Against the first of each group", xlabel="times as much (median and quartiles)")
+    axes.set(ylim=(len(lines) - 0.5, -0.5))
+    axes.set_yticks(range(len(lines)), lines)
+    if max(r.high for r in found) > 3 * min(r.low for r in found):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=max(1, min(4, 120 // max(map(len, colours)))), frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=80)
     return out
 
 

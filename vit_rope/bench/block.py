@@ -14,13 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 from ..block import RopeBlock
 from ..positions import Layout, build
 from ..positions.coords import grid
-from . import Ratio, once, ratios
+from .measure import Ratio, once, ratios
 from .model import TIMM, under
 
 WIDTH, HEADS, SIDE, BATCH = 384, 6, 14, 8
 
 
-def bench(specs: Sequence[str] = ("none", "axial", "mixed"), rounds: int = 15, out: str = "") -> list[Ratio]:
+def bench(specs: Sequence[str] = ("none", "axial", "mixed"), rounds: int = 15) -> list[Ratio]:
     """Compiled inference and training against `none`; peak memory of an eager training step against `none`."""
     specs = list(dict.fromkeys(("none", *specs)))
     found = []

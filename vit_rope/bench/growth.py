@@ -9,36 +9,41 @@ import torch
 from ..attention import attend_packed
 from ..positions import Layout, build
 from ..positions.coords import grid
-from . import Ratio, once, ratios
 from .block import peak
+from .measure import Ratio, once, ratios
 
 SIDES = (14, 20, 28, 40, 56, 80, 128)  # 196 to 16,384 tokens
 AXES = {1: (4096,), 2: (64, 64), 3: (16, 16, 16), 4: (8, 8, 8, 8)}  # with heads of 48 channels, which all divide
+KINDS = {"attention": "encoding and attention", "encoding": "encoding", "memory": "peak memory"}
 HEADS, HEAD = 6, 64
 
 
-def bench(specs: Sequence[str] = ("none", "axial", "mixed"), rounds: int = 5, out: str = "") -> list[Ratio]:
+def bench(specs: Sequence[str] = ("none", "axial", "mixed"), rounds: int = 5) -> list[Ratio]:
     """Encoding alone, encoding with attention (batch 1, ViT-S), and its memory, against the smallest grid."""
-    found, curves = [], {}
+    found = []
     for spec in specs:
         steps = {f"{side * side} tokens": _attention(spec, (side, side)) for side in SIDES}
-        tables = {f"{side * side} tokens": _encoding(spec, (side, side)) for side in SIDES}
-        groups = {
-            "attention": ratios(f"encoding and attention, {spec}", steps, rounds, at_least=0.02),
-            "encoding": ratios(f"encoding, {spec}", tables, rounds, at_least=0.02) if spec != "none" else [],
-        }
-        groups["memory"] = once(f"peak memory, {spec}", {name: peak(run) for name, run in steps.items()})
-        curves[spec] = {kind: [row.median for row in rows] for kind, rows in groups.items() if rows}
-        found += [row for rows in groups.values() for row in rows]
-        axes = {f"{n} axes": _encoding(spec, sizes, 48) for n, sizes in AXES.items()}
+        found += ratios(f"{KINDS['attention']}, {spec}", steps, rounds, at_least=0.02)
+        found += once(f"{KINDS['memory']}, {spec}", {name: peak(run) for name, run in steps.items()})
         if spec != "none":
+            tables = {f"{side * side} tokens": _encoding(spec, (side, side)) for side in SIDES}
+            found += ratios(f"{KINDS['encoding']}, {spec}", tables, rounds, at_least=0.02)
+            axes = {f"{n} axes": _encoding(spec, sizes, 48) for n, sizes in AXES.items()}
             found += ratios(f"encoding of 4096 tokens, {spec}", axes, rounds, at_least=0.02)
-    if out:
-        from ..plots import plot_growth
-
-        tokens = [side * side for side in SIDES]
-        print(plot_growth(tokens, curves, Path(out).with_suffix(".png")))
     return found
+
+
+def draw(found: Sequence[Ratio], out: Path) -> Path:
+    """A picture of the growth with tokens."""
+    from ..plots import plot_growth
+
+    curves: dict[str, dict[str, dict[int, float]]] = {}
+    for kind, title in KINDS.items():
+        for row in found:
+            if row.group.startswith(f"{title}, "):
+                tokens = curves.setdefault(kind, {}).setdefault(row.group.removeprefix(f"{title}, "), {})
+                tokens[int(row.candidate.split()[0])] = row.median
+    return plot_growth({KINDS[kind]: some for kind, some in curves.items()}, out)
 
 
 def slope(tokens: Sequence[int], values: Sequence[float]) -> float:

@@ -10,7 +10,9 @@ from torch import nn
 
 import vit_rope  # noqa: F401 - registers its models with timm
 
-from . import Ratio, ratios
+from ..catalogue import fitting
+from ..positions import Layout
+from .measure import Ratio, ratios
 
 PLAIN = "timm vit_small_patch16_224"
 TIMM = {  # timm's rotary models of the same size
@@ -21,10 +23,12 @@ TIMM = {  # timm's rotary models of the same size
 SIZE, BATCH = 224, 8
 
 
-def bench(specs: Sequence[str] = ("none", "axial", "mixed", "learned"), rounds: int = 9, out: str = "") -> list[Ratio]:
+def bench(specs: Sequence[str] = ("none", "axial", "mixed", "learned"), rounds: int = 9) -> list[Ratio]:
     """Inference and a training step (without optimizer) against timm's plain ViT-S/16, and against `none`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels = torch.randn(BATCH, 3, SIZE, SIZE, device=device), torch.randint(1000, (BATCH,), device=device)
+    if "all" in specs:
+        specs = fitting(Layout(384, 6, (SIZE // 16, SIZE // 16), 12))
     models: dict[str, Any] = {PLAIN: timm.create_model("vit_small_patch16_224")}
     for spec in dict.fromkeys(("none", *specs)):
         models[spec] = timm.create_model("vit_rope_small_patch16_224", position=spec)
@@ -37,8 +41,8 @@ def bench(specs: Sequence[str] = ("none", "axial", "mixed", "learned"), rounds: 
         kind = str(dtype).removeprefix("torch.")
         inference = {name: _inference(model, images, dtype) for name, model in models.items()}
         found += ratios(f"inference, {kind}", inference, rounds, paired="none")
-        training = {name: _training(model, images, labels, dtype) for name, model in models.items()}
-        found += ratios(f"training step, {kind}", training, rounds, paired="none")
+        steps = {name: training(model, images, labels, dtype) for name, model in models.items()}
+        found += ratios(f"training step, {kind}", steps, rounds, paired="none")
     return found
 
 
@@ -58,12 +62,12 @@ def _inference(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Ca
     return run
 
 
-def _training(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
+def training(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
     def run() -> None:
         model.train()
-        model.zero_grad()
         with under(dtype, images.device):
             loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
+        model.zero_grad()  # many models are in memory
 
     return run

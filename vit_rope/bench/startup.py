@@ -1,13 +1,12 @@
 """Starting: importing the library against importing timm, and showing help against importing torch."""
 
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
-from . import Ratio
+from .measure import Ratio, compared
 
 PAIRS = {  # group: reference and candidate, as arguments of a fresh interpreter
     "import": {"import timm": ["-c", "import timm"], "import vit_rope": ["-c", "import vit_rope"]},
@@ -15,7 +14,7 @@ PAIRS = {  # group: reference and candidate, as arguments of a fresh interpreter
 }
 
 
-def bench(rounds: int = 15, out: str = "") -> list[Ratio]:
+def bench(rounds: int = 15) -> list[Ratio]:
     """Whole processes in turns, by the wall clock."""
     script = shutil.which("vit-rope")
     if script is None:
@@ -29,11 +28,7 @@ def bench(rounds: int = 15, out: str = "") -> list[Ratio]:
                 spent = _seconds(commands[name])
                 if index:
                     seen[name].append(spent)
-        reference = next(iter(commands))
-        for name in commands:
-            values = [a / b for a, b in zip(seen[name], seen[reference], strict=True)]
-            low, median, high = statistics.quantiles(values, n=4)
-            found.append(Ratio(group, name, median, low, high, rounds))
+        found += compared(group, seen, next(iter(commands)))
     return found
 
 

@@ -10,13 +10,13 @@ from ..block import RopeBlock
 from ..positions import Layout, build
 from ..positions.coords import grid
 from ..positions.encoding import tables
-from . import Ratio, ratios
+from .measure import Ratio, ratios
 
 WIDTH, HEADS, DEPTH, BATCH = 384, 6, 12, 8
 SIDES = (14, 24, 32, 64)
 
 
-def bench(specs: Sequence[str] = ("axial", "mixed"), rounds: int = 15, out: str = "") -> list[Ratio]:
+def bench(specs: Sequence[str] = ("axial", "mixed"), rounds: int = 15) -> list[Ratio]:
     """The tables of a forward pass of 12 layers against one block at batch 8 (1 at 64 x 64), and against timm's."""
     found = []
     for side in SIDES:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import Ratio, ratios
+from .measure import Ratio, ratios
 
 UNETS = {  # name: pixels, channels of the levels, which of them attend, batch
     "16 x 16, attention at 16, 8": (16, (32, 64), (True, True), 16),
@@ -16,7 +16,7 @@ UNETS = {  # name: pixels, channels of the levels, which of them attend, batch
 }
 
 
-def bench(specs: Sequence[str] = ("none", "axial", "mixed", "learned"), rounds: int = 15, out: str = "") -> list[Ratio]:
+def bench(specs: Sequence[str] = ("none", "axial", "mixed", "learned"), rounds: int = 15) -> list[Ratio]:
     """A training step and a sampling step of U-Nets with positions, against diffusers' own U-Net without."""
     from diffusers import UNet2DModel
 

@@ -4,16 +4,15 @@ Everybody starts at a projection (B, N, 3·H·D) with class or register tokens i
 values (B, H, N, D), rotated by a table that is at hand.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..positions import Layout, build
 from ..positions.rotation import rotate_groups
-from . import Ratio, ratios
+from .measure import Ratio, ratios
+from .peers import HEAD, Turn, installed, peers
 
 SHAPES = [  # batch, heads, cells along a side, tokens in front; heads of 64 channels
     (8, 6, 14, 1),
@@ -24,19 +23,22 @@ SHAPES = [  # batch, heads, cells along a side, tokens in front; heads of 64 cha
     (8, 12, 24, 5),
     (8, 12, 32, 5),
 ]
-HEAD = 64
 Rotate = Callable[[Tensor], Sequence[Tensor]]
 
 
-def bench(specs: Sequence[str] = ("axial", "mixed"), rounds: int = 9, out: str = "") -> list[Ratio]:
+def bench(
+    specs: Sequence[str] = ("axial", "mixed"), rounds: int = 9, against: Sequence[str] | None = None
+) -> list[Ratio]:
     """Forward against `clone` of queries and keys; forward and backward against the same with autograd."""
+    libraries = installed() if against is None else against
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         for batch, heads, side, prefix in SHAPES:
             name = f"B{batch} H{heads} N{side * side}+{prefix} {str(dtype).removeprefix('torch.')}"
             torch.manual_seed(0)
             qkv = torch.randn(batch, side * side + prefix, 3 * heads * HEAD).to(dtype)
-            candidates = {"copy": copied} | ours(specs, heads, side, prefix) | peers(heads, side, prefix, dtype)
+            candidates = {"copy": copied} | ours(specs, heads, side, prefix)
+            candidates |= {key: _theirs(turn, prefix) for key, turn in peers(libraries, heads, side, dtype).items()}
             runs = {key: _forward(rotate, _split(qkv, heads)) for key, rotate in candidates.items()}
             found += ratios(f"forward, {name}", runs, rounds, at_least=0.01)
             runs = {key: _both(rotate, qkv, heads) for key, rotate in candidates.items()}
@@ -75,65 +77,16 @@ def _ours(table: Tensor, stride: int, prefix: int) -> Rotate:
     return lambda groups: rotate_groups(groups, table, 2, stride, prefix, overwrite=True)
 
 
-def peers(heads: int, side: int, prefix: int, dtype: torch.dtype) -> dict[str, Rotate]:
-    """What other libraries do with the same projection, each with its own kind of table."""
-    from timm.layers import apply_rot_embed_cat
-    from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
+def _theirs(turn: Turn, prefix: int) -> Rotate:
+    """Another library's rotation of all but the tokens in front, as its models do it."""
 
-    def each(rotate: Callable[[Tensor], Tensor]) -> Rotate:
-        def run(groups: Tensor) -> Sequence[Tensor]:
-            q, k, v = groups.permute(2, 0, 3, 1, 4).unbind(0)
-            q, k = (torch.cat((x[:, :, :prefix], rotate(x[:, :, prefix:])), dim=2).type_as(v) for x in (q, k))
-            return q, k, v
+    def run(groups: Tensor) -> Sequence[Tensor]:
+        q, k, v = groups.permute(2, 0, 3, 1, 4).unbind(0)
+        turned = turn(q[:, :, prefix:], k[:, :, prefix:])
+        q, k = (torch.cat((x[:, :, :prefix], y), dim=2).type_as(v) for x, y in zip((q, k), turned, strict=True))
+        return q, k, v
 
-        return run
-
-    sizes = [side, side]
-    axial = RotaryEmbeddingCat(HEAD, in_pixels=False, temperature=100.0).get_embed(sizes)
-    mixed = RotaryEmbeddingMixed(heads * HEAD, 1, heads).get_embed(sizes)[0].detach()
-    dinov3 = RotaryEmbeddingDinoV3(HEAD).get_embed(sizes)
-    found = {
-        "timm axial": each(lambda x: apply_rot_embed_cat(x, axial)),
-        "timm mixed": each(lambda x: apply_rot_embed_cat(x, mixed)),
-        "timm dinov3": each(lambda x: apply_rot_embed_cat(x, dinov3, half=True)),
-    }
-    theta = _table("axial", heads, side)[0][0, :, 0]  # (N, R, 2)
-    cis = torch.view_as_complex(theta)
-
-    def as_complex(x: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * cis).flatten(-2).type_as(x)
-
-    found["complex product, out of place (as RoPE-ViT)"] = each(as_complex)
-    cos, sin = theta.unbind(-1)
-    if importlib.util.find_spec("diffusers"):
-        from diffusers.models.embeddings import apply_rotary_emb
-
-        whole: Any = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
-        turned: Any = apply_rotary_emb
-        found["diffusers"] = each(lambda x: turned(x, whole))
-    if importlib.util.find_spec("transformers"):
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-        halves = [torch.cat((t, t), -1)[None].to(dtype) for t in (cos, sin)]
-
-        def llama(groups: Tensor) -> Sequence[Tensor]:
-            q, k, v = groups.permute(2, 0, 3, 1, 4).unbind(0)
-            rotated = apply_rotary_pos_emb(q[:, :, prefix:], k[:, :, prefix:], *halves)
-            q, k = (torch.cat((x[:, :, :prefix], y), dim=2) for x, y in zip((q, k), rotated, strict=True))
-            return q, k, v
-
-        found["transformers"] = llama
-    angles = torch.atan2(sin, cos).repeat_interleave(2, -1)
-    if importlib.util.find_spec("rotary_embedding_torch"):
-        from rotary_embedding_torch import apply_rotary_emb as turn
-
-        found["rotary-embedding-torch"] = each(lambda x: turn(angles, x))
-    if importlib.util.find_spec("x_transformers"):
-        from x_transformers.x_transformers import apply_rotary_pos_emb as move
-
-        found["x-transformers"] = each(lambda x: move(x, angles[None]))
-    return found
+    return run
 
 
 def _split(qkv: Tensor, heads: int) -> Tensor:
