@@ -194,13 +194,14 @@ def _through_float32(x: Tensor, turn: Tensor, stride: int, out: Tensor) -> None:
     turn = torch.view_as_complex(turn) if stride == 1 else turn
     angles = turn.split(samples) if len(turn) > 1 else [turn] * len(x)
     for part, angle, place in zip(x.split(samples), angles, out.split(samples), strict=False):
-        count = len(part)
-        scratch[:count].copy_(part)
+        if len(part) < len(scratch):  # the last piece
+            scratch, pairs = scratch[: len(part)], pairs[: len(part)]
+        scratch.copy_(part)
         if stride == 1:
-            pairs[:count].mul_(angle)
+            pairs.mul_(angle)
         else:
-            _product(scratch[:count], angle, stride, scratch[:count])
-        place.copy_(scratch[:count])
+            _product(scratch, angle, stride, scratch)
+        place.copy_(scratch)
 
 
 @functools.cache
