@@ -8,12 +8,14 @@ import pytest
 import torch
 from timm.layers.pos_embed_rel import RelPosBias, RelPosBiasTf, RelPosMlp
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from tests import oracles
-from vit_rope.attention import attend
+from vit_rope.attention import attend, attend_packed
 from vit_rope.positions import Layout, build
 from vit_rope.positions.bias import slopes
 from vit_rope.positions.coords import grid
+from vit_rope.positions.encoding import place_bias, turns_alike
 from vit_rope.vit import RopeViT
 
 SHAPES = [(5,), (3, 4), (2, 3, 2)]
@@ -36,9 +38,8 @@ def scheme(spec, layout, seed=0):
 def logits(position, coords, layer=0, **options):
     """What a scheme adds to the logits of patches (H, N, M), whichever way."""
     encoding = position(coords, **options)
-    total = 0
-    if encoding.bias:
-        total = encoding.bias[layer % len(encoding.bias)][0]
+    bias = place_bias(encoding, layer)
+    total = 0 if bias is None else bias[0]
     if encoding.q.extra:
         q, k = (side.extra[layer % len(side.extra)][0] for side in (encoding.q, encoding.k))
         total = total + q @ k.transpose(-2, -1)
@@ -415,11 +416,32 @@ def test_gradients_of_looked_up_biases_are_those_of_pairs(spec):
     weights = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for sizes in ([3, 4], None):
         position = scheme(spec, layout)
-        bias = position(grid((3, 4)).double(), grid=sizes).bias
-        sum((b * w).sum() for b, w in zip(bias, weights, strict=False)).backward()
+        encoding = position(grid((3, 4)).double(), grid=sizes)
+        layers = range(layout.depth if spec != "t5" else 1)
+        sum((place_bias(encoding, layer) * weights[layer]).sum() for layer in layers).backward()
         found.append([p.grad for p in position.parameters()])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["swin", "kerple", "logcpb", "fire", "lookhere", "swin + axial"])
+def test_layers_that_differ_look_their_biases_up_one_at_a_time(spec):
+    layout = Layout(width=24, heads=3, grid=(9, 9), depth=12)
+    held = {leaf.data_ptr(): leaf.numel() for leaf in tree_leaves(build(spec, layout)(layout.coords(), grid=[9, 9]))
+            if isinstance(leaf, torch.Tensor)}  # fmt: skip
+    pairs, displacements, turns = 81**2, 17**2, 81 * 2 * 4
+    assert sum(held.values()) <= pairs + 12 * 3 * displacements + turns
+
+
+def test_a_bias_beside_a_rotation_leaves_the_fast_path_open():
+    layout = Layout(width=24, heads=3, grid=(3, 4), depth=2)
+    encoding = scheme("swin + axial(share='rest')", layout)(layout.coords(), prefix=1, grid=[3, 4])
+    assert turns_alike(encoding)
+    packed = torch.randn(2, 13, 72, generator=torch.Generator().manual_seed(1))
+    q, k, v = packed.view(2, 13, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    for layer in range(2):
+        want = attend(q, k, v, encoding, layer)
+        torch.testing.assert_close(attend_packed(packed.clone(), 3, encoding, layer, overwrite=True), want)
 
 
 @pytest.mark.parametrize(

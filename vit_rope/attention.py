@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks
 
-from .positions.encoding import Encoding, Relative, Side, turns_alike
+from .positions.encoding import Encoding, Relative, Side, of_content, place_bias, turns_alike
 from .positions.rotation import rotate, rotate_groups, turns
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def attend(
     bias = _bias(q, k, encoding, terms, scale, layer)
     if bias is not None:
         mask, causal = _with_mask(bias.to(v.dtype), mask, causal), False
-    side_k, overwrite = encoding.q if encoding.k is None else encoding.k, overwrite and not terms
+    side_k, overwrite = encoding.q if encoding.k is None else encoding.k, overwrite and not of_content(encoding)
     q = _placed(q, encoding.q, encoding, layer, encoding.prefix[0], "queries", overwrite)
     k = _placed(k, side_k, encoding, layer, encoding.prefix[1], "keys", overwrite)
     v = _turned(v, encoding.v, encoding.stride, layer, encoding.prefix[1], "values")
@@ -229,10 +229,10 @@ def _bias(
     q: Tensor, k: Tensor, encoding: Encoding, terms: Sequence[Relative], scale: float, layer: int
 ) -> Tensor | None:
     """What is added to the scaled logits (B, H, N, M), if anything: of place alone, and of content and place."""
-    bias = _entry(encoding.bias, layer) if encoding.bias else None
-    for table in (*(() if bias is None else (bias,)), *(term.index for term in terms)):
+    for table in (*(encoding.bias or ()), *(term.index for term in terms)):
         _check(table.shape[-2], 0, q.shape[2], "queries")
         _check(table.shape[-1], 0, k.shape[2], "keys")
+    bias = place_bias(encoding, layer)
     for term in terms:
         if term.on == "q":
             found = _of_index(q, term) * scale

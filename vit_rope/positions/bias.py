@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import offsets
 from .base import Layout, Position
-from .encoding import Encoding, Side
+from .encoding import Encoding, Relative, Side
 from .specs import register
 
 HIDDEN = -1e4  # as good as -inf after a softmax, but where all keys are hidden it leaves no NaN; fits float16
@@ -40,22 +40,25 @@ class Bias(Position):
         raise NotImplementedError(f"{type(self).__name__} needs logits()")
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
-        return Encoding(bias=self.tables(self.logits, coords, key_coords, grid))
+        return self.placed(self.logits, coords, key_coords, grid)
 
-    def tables(
+    def placed(
         self,
         logits: Callable[[Tensor], Tensor],
         coords: Tensor,
         key_coords: Tensor | None,
         grid: Sequence[int] | None,
-    ) -> list[Tensor]:
-        """The biases (B, H, N, M) of each layer."""
+    ) -> Encoding:
+        """The biases (B, H, N, M) of each layer, which layers that differ look up for themselves, one at a time."""
         if offsets.is_whole(coords, key_coords, grid) or (self.costly and grid is not None):
             delta, index = offsets.across_axes(*offsets.along_axes(self.layout, coords, key_coords, grid))
-            values = offsets.look_up(logits(delta), index)
+            values = logits(delta)  # (L, H, T)
+            if len(values) > 1:
+                return Encoding(terms=[[Relative(table[..., None], index, "place")] for table in values])
+            values = offsets.look_up(values, index)
         else:
             values = logits(offsets.of_pairs(self.layout, coords, key_coords))
-        return list(values.transpose(1, 2).unbind(0))  # (L, H, B, N, M)
+        return Encoding(bias=list(values.transpose(1, 2).unbind(0)))  # (L, H, B, N, M)
 
 
 def length(delta: Tensor, distance: str) -> Tensor:

@@ -46,13 +46,13 @@ class TransformerXL(Terms):
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         lines, index = offsets.along_axes(self.layout, coords, key_coords, grid)
         key_alone = [Relative(u[:, None], torch.zeros_like(index[0]), "k") for u in self.u]
-        terms, bias = [key_alone], torch.zeros((), device=coords.device)
+        terms = [key_alone]
         for axis, (line, at) in enumerate(zip(lines, index, strict=True)):
             tables = self.rows(axis, line)[0][1]
             terms.append([Relative(table, at, "q") for table in tables])
-            place_alone = (self.v.to(line.dtype)[:, :, None] * tables).sum(dim=-1)  # (L, H, T)
-            bias = bias + offsets.look_up(place_alone, at) * self.layout.head_dim**-0.5
-        return Encoding(bias=list(bias.transpose(1, 2).unbind(0)), terms=by_layer(terms))
+            place_alone = (self.v.to(line.dtype)[:, :, None] * tables).sum(dim=-1, keepdim=True)  # (L, H, T, 1)
+            terms.append([Relative(row * self.layout.head_dim**-0.5, at, "place") for row in place_alone])
+        return Encoding(terms=by_layer(terms))
 
     def rows(self, axis: int, line: Tensor) -> list[tuple[str, Tensor]]:
         found = sinusoids(line, self.pairs, self.base) @ self.weight[:, axis].to(line.dtype)  # (L, T, H · D)

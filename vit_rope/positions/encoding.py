@@ -45,10 +45,10 @@ class Side(NamedTuple):
 
 
 class Relative(NamedTuple):
-    """A term that depends on content: r_ij is row index_ij (B or 1, N, M) of a table (H or 1, T, D), or 0 for index T.
+    """A term that a pair of tokens looks up: r_ij is row index_ij (B or 1, N, M) of a table (H or 1, T, D), 0 for T.
 
     `on` "q": q_i · r_ij joins the logits, scaled as q · k is; "k": k_j · r_ij does; "v": the output of token i gains
-    sum_j a_ij r_ij, of attention weights a.
+    sum_j a_ij r_ij, of attention weights a; "place": r_ij itself joins the logits, of a table one channel wide.
     """
 
     table: Tensor
@@ -60,8 +60,8 @@ class Encoding(NamedTuple):
     """What positions do to one attention call; the default does nothing.
 
     `q`, `k`, `v`, `out`: what happens to queries, keys (as to queries, if None), values and outputs. `bias` (B, H, N,
-    M): added to the scaled logits. `terms`: what content and place do together, for each layer. `scale`: a factor on
-    the product of queries and keys beside 1 / sqrt(D). `polar`: channels are moduli (softplus) of pairs that only a
+    M): added to the scaled logits. `terms`: what pairs look up, for each layer, at that layer alone. `scale`: a factor
+    on the product of queries and keys beside 1 / sqrt(D). `polar`: channels are moduli (softplus) of pairs that only a
     turn gives a phase. `stride`: how far the partners of a pair are apart (1 interleaved, R half). `prefix`: how many
     queries and keys in front have no place; tables have no rows for them, biases and indices do.
     """
@@ -81,8 +81,25 @@ class Encoding(NamedTuple):
 def turns_alike(encoding: Encoding) -> bool:
     """Whether queries and keys turn alike, and nothing else happens to them or to values and outputs."""
     q, k, v, out = encoding[:4]
-    other = (q.basis, q.extra, *v, *out, encoding.terms, encoding.polar)
+    other = (q.basis, q.extra, *v, *out, of_content(encoding), encoding.polar)
     return k is None and bool(q.turn or q.angles) and not any(other)
+
+
+def of_content(encoding: Encoding) -> list[Relative]:
+    """The terms, of all layers, for which the content of tokens counts."""
+    return [term for layer in encoding.terms or [] for term in layer if term.on != "place"]
+
+
+def place_bias(encoding: Encoding, layer: int = 0) -> Tensor | None:
+    """What place alone adds to the scaled logits (B, H, N, M) of a layer, if anything."""
+    found = encoding.bias[layer % len(encoding.bias)] if encoding.bias else None
+    for table, index, on in encoding.terms[layer % len(encoding.terms)] if encoding.terms else []:
+        if on == "place":
+            index = index if index.ndim == 3 else index[None]
+            values = F.pad(table[..., 0], (0, 1)).index_select(-1, index.flatten())  # (H, B · N · M)
+            values = values.unflatten(-1, index.shape).transpose(0, 1)
+            found = values if found is None else found + values
+    return found
 
 
 def after(encoding: Encoding, prefix: int, key_prefix: int) -> Encoding:

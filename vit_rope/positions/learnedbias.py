@@ -203,7 +203,7 @@ class FIRE(Bias):
         logits = partial(
             self.logits, reach=torch.maximum(self.reach(sizes, coords), self.reach(self.layout.grid, coords))
         )
-        return Encoding(bias=self.tables(logits, coords, key_coords, grid))
+        return self.placed(logits, coords, key_coords, grid)
 
     def reach(self, grid: Sequence[int], like: Tensor) -> Tensor:
         """The longest displacement () on a grid, or 1 if that is longer."""
