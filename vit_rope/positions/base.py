@@ -170,7 +170,7 @@ class Position(InPython):
         Raises TypeError or ValueError for coordinates of another type or number of axes.
         """
         self = in_python(self)
-        coords = places.check(coords, self.axes, finite=None if grid is None else False)  # a grid's are sound
+        coords = self._check(coords, grid)
         if key_coords is not None:
             key_coords = places.check(key_coords, self.axes)
         with no_autocast(coords.device):
@@ -181,7 +181,10 @@ class Position(InPython):
     def embed(self, x: Tensor, coords: Tensor, grid: list[int] | None = None, layer: int = 0) -> Tensor:
         """Patch tokens x (B, N, C) with their absolute places in them, for `coords` and `grid` as in a call."""
         self = in_python(self)
-        return self.add(x, places.check(coords, self.axes), grid, layer)
+        return self.add(x, self._check(coords, grid), grid, layer)
+
+    def _check(self, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
+        return places.check(coords, self.axes, finite=None if grid is None else False)  # a grid's are sound
 
 
 class Sum(Position):
