@@ -104,7 +104,7 @@ def plot_ratios(found: "Sequence[Ratio]", out: Path) -> Path:
         medians = [r.median for r in some]
         axes.errorbar(medians, [y + aside for y in at], xerr=spread, fmt="osDv^<>Ph*"[index // 10 % 10], **style)
     axes.axvline(1, color="0.5", linewidth=0.8, zorder=0)
-    axes.set(title="Against the first of each group", xlabel="times as much (median and quartiles)")
+    axes.set(title="What each took, against what was measured beside it", xlabel="ratio (median and quartiles)")
     axes.set(ylim=(len(lines) - 0.5, -0.5))
     axes.set_yticks(range(len(lines)), lines)
     if max(r.high for r in found) > 3 * min(r.low for r in found):
