@@ -17,12 +17,40 @@ from vit_rope.vit import RopeViT
 
 GRIDS = {1: (7,), 2: (4, 5), 3: (2, 3, 4)}
 SPECS = [*map(spec_of, schemes()), "learned + mixed", "axial + mixed", "sincos(axes=1) + flat"]
-SPECS += ['axial(pairs="half", share="rest")', "dynamic(learned + mixed)", "xy(mixed)"]
-SPECS += ['axial(learned=True, share="rest")', "learned + string", "valuerope(undo=False)", "orthogonal(determinant=1)"]
-SPECS += ['fourier(bands="learned")', 'hierarchical(tables="axes")', 'peg(padding="circular")']
+SPECS += ["dynamic(learned + mixed)", "xy(mixed)", "learned + string", "tupe + t5", "gate(floater)", "ntk(mixed)"]
+SPECS += [  # options that are schemes of their own
+    'axial(pairs="half", share="rest")',
+    'axial(learned=True, share="rest")',
+    'axial(pairs="axis")',
+    'mixed(learned=False, pairs="half")',
+    "valuerope(undo=False)",
+    "orthogonal(determinant=1)",
+    "liere(block=2)",
+    "commuting(block=6)",
+    'string(pairs="half")',
+    "dealt(blocks=True, idle=1)",
+    'dinov3(pairs="interleaved", periods="bfloat16")',
+    "sincos(axes=1)",
+    'fourier(bands="learned")',
+    'hierarchical(tables="axes")',
+    'peg(padding="circular")',
+    'alibi(distance="manhattan")',
+    'alibi(distance="quadratic")',
+    "lookhere(fov=90)",
+    "lookhere(fov=45)",
+    "t5(buckets=8, max_distance=6)",
+    'kerple(kind="power", distance="manhattan")',
+    'fire(distance="manhattan")',
+    "sandwich(flash=False)",
+    "shaw(clip=2, values=True)",
+    "deberta(clip=2)",
+    'irpe(method="cross", on="qkv")',
+    'irpe(method="euclidean", on="qk")',
+]
 EXCLUDED = {  # what the mathematics forbids
     ("xpos", 2): "a decay in all directions is no product of what queries and keys each multiply in",
     ("xpos", 3): "as on 2 axes",
+    ("lookhere(fov=45)", 1): "along one axis there are two ways to look, not eight",
 }
 EVERY = [(spec, axes) for spec in SPECS for axes in GRIDS if (spec, axes) not in EXCLUDED]
 
