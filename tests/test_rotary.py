@@ -144,6 +144,17 @@ def test_unequal_shares_rotate_as_flux(channels):
     torch.testing.assert_close(rotate(q, encoding.q.turn[0]), want, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("shape", [(9,), (4, 6), (2, 3, 4)])
+def test_axial_rotates_as_rotary_embedding_torch(shape):
+    package = pytest.importorskip("rotary_embedding_torch")
+    table = package.RotaryEmbedding(8, theta=100).get_axial_freqs(*shape)  # 8 channels for each axis, the rest stays
+    q = torch.randn(2, 3, math.prod(shape), 32)
+    want = package.apply_rotary_emb(table.flatten(0, -2), q)
+    layout = Layout(width=96, heads=3, grid=shape)
+    encoding = build(f"axial(base=100, share={(8,) * len(shape)})", layout)(grid(shape))
+    torch.testing.assert_close(rotate(q, encoding.q.turn[0]), want, rtol=0, atol=2e-6)
+
+
 def test_flat_counts_cells_of_the_grid_the_tokens_come_from():
     position = build("flat(base=10)", Layout(width=16, heads=2, grid=(3, 4)))
     one = build("axial(base=10)", Layout(width=16, heads=2, grid=(20,)))

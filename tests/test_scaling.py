@@ -57,6 +57,12 @@ def test_yarn_is_that_of_transformers_but_for_the_ramp():
     assert build(spec, LINE)(LINE.coords([4])).scale == pytest.approx(table_factor**2)
 
 
+def test_ntk_is_that_of_rotary_embedding_torch():
+    package = pytest.importorskip("rotary_embedding_torch")
+    want = package.RotaryEmbedding(64, theta_rescale_factor=3.0).freqs.detach()
+    torch.testing.assert_close(freqs("ntk(axial(base=10000), factor=3)", LINE)[0, 0, 0].float(), want)
+
+
 def test_ntk_is_a_larger_base_on_each_axis():
     got = freqs("ntk(axial(base=(100, 50)), factor=(2, 3))")[0, 0]
     for a, (base, factor) in enumerate(((100, 2), (50, 3))):
