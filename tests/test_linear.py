@@ -1,4 +1,4 @@
-"""Linear attention with positions: the formula in loops, its memory, and the ViT and the U-Net that use it."""
+"""Linear attention with positions: the formula in loops, its memory, and the models that use it."""
 
 import math
 import re
@@ -10,6 +10,7 @@ from timm.models._features_fx import create_feature_extractor
 
 from tests import oracles
 from vit_rope.attention import attend_linear
+from vit_rope.denoiser import RopeDiT
 from vit_rope.positions import Encoding, Layout, build
 from vit_rope.positions.coords import grid
 from vit_rope.unet import RopeUNet2DModel, add_positions, remove_positions
@@ -160,6 +161,33 @@ def test_the_unet_attends_linearly_and_its_folder_remembers(tmp_path):
     assert torch.equal(again(x, 3).sample, out)
 
 
+def dit(**options):
+    torch.manual_seed(0)
+    sizes = {"sample_size": (4, 6), "in_channels": 1, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return RopeDiT(**sizes | options).eval()
+
+
+@torch.no_grad()
+def test_the_transformer_denoiser_attends_linearly_and_its_folder_remembers(tmp_path):
+    net, x, seen = dit(attention="linear"), torch.randn(1, 1, 4, 6), []
+    for parameter in net.parameters():
+        parameter.normal_(std=0.3)  # it begins as zeros
+    attention = net.blocks[1].attn
+    attention.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    out = net(x, 3).sample
+    tokens, got = seen[0]
+    q, k, v = attention.qkv(tokens).view(6, 3, 2, 8).permute(1, 2, 0, 3).double()
+    want = torch.stack([loop(q[h], k[h], v[h], oracles.grid(SHAPE)) for h in range(2)], dim=1)
+    torch.testing.assert_close(got[0], attention.proj(want.flatten(1).float()), rtol=1e-4, atol=1e-5)
+    softmax = dit()
+    softmax.load_state_dict(net.state_dict())
+    assert (softmax(x, 3).sample - out).abs().max() > 1e-3
+    net.save_pretrained(tmp_path)
+    again = RopeDiT.from_pretrained(tmp_path)
+    assert again.config.attention == "linear"
+    torch.testing.assert_close(again(x, 3).sample, out)
+
+
 @torch.no_grad()
 def test_linear_attention_comes_and_goes_in_place():
     torch.manual_seed(0)
@@ -182,6 +210,7 @@ BIASED = Encoding(bias=[torch.zeros(1, 1, 7, 7)])
         (lambda: vit(attention="cosine"), "attention is 'softmax' or 'linear', got 'cosine'"),
         (lambda: vit(attention="linear", attn_drop_rate=0.1), "linear attention has no weights to drop; leave attn_d"),
         (lambda: RopeUNet2DModel(**UNET, attention="cosine"), "attention is 'softmax' or 'linear', got 'cosine'"),
+        (lambda: dit(attention="cosine"), "attention is 'softmax' or 'linear', got 'cosine'"),
     ],
 )
 def test_refusals(call, message):
@@ -195,7 +224,11 @@ def test_refusals(call, message):
 )
 def test_a_scheme_that_linear_attention_cannot_have_is_refused_before_any_weight_is_made(spec, what):
     net = UNet2DModel(**UNET, attention_head_dim=8)
-    for make in (lambda: vit(spec, attention="linear"), lambda: add_positions(net, spec, attention="linear")):
+    for make in (
+        lambda: vit(spec, attention="linear"),
+        lambda: add_positions(net, spec, attention="linear"),
+        lambda: dit(position=spec, attention="linear"),
+    ):
         with pytest.raises(ValueError, match=f"linear attention has (no )?{what}"):
             make()
     assert type(net) is UNet2DModel

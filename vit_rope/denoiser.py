@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .block import RopeBlock
 from .positions import Encoding, Layout, build
-from .unet.maps import begin_missing
+from .unet.maps import Kind, begin_missing, check_kind
 
 
 class SteeredBlock(RopeBlock):
@@ -49,6 +49,7 @@ class RopeDiT(ModelMixin, ConfigMixin):
         embed_dim, depth, num_heads, mlp_ratio: of the blocks, as in timm's ViT
         position: a spec of any registered scheme, such as "sincos + axial(base=100)"
         position_unit, position_origin: how patches get coordinates, as in `positions.coords.grid`
+        attention: "softmax" or "linear" (`attention.attend_linear`)
         num_class_embeds: how many labels there are; None for a model without labels
 
     Raises ValueError, before any weight is made, where a spec, a size or a head dimension does not fit.
@@ -71,6 +72,7 @@ class RopeDiT(ModelMixin, ConfigMixin):
         position: str = "axial(base=100)",
         position_unit: str = "index",
         position_origin: float | str | Sequence[float] = 0.0,
+        attention: Kind = "softmax",
         num_class_embeds: int | None = None,
     ) -> None:
         super().__init__()
@@ -81,6 +83,7 @@ class RopeDiT(ModelMixin, ConfigMixin):
         self.layout = Layout(embed_dim, num_heads, tuple(grid), depth, position_unit, origin)
         self.layout.coords()  # an origin that does not fit is found here
         self.scheme = build(position, self.layout)
+        check_kind(attention, self.scheme, self.layout)
         self.embed = nn.Linear(in_channels * patch_size**2, embed_dim)
         self.time = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, embed_dim)
@@ -91,6 +94,8 @@ class RopeDiT(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(
             SteeredBlock(embed_dim, num_heads, mlp_ratio, qkv_bias=True, depth=i) for i in range(depth)
         )
+        for block in self.blocks if attention == "linear" else ():
+            cast(Any, block).attn.linearise()
         self.norm = nn.LayerNorm(embed_dim, elementwise_affine=False, eps=1e-6)
         self.steer = _zero(nn.Linear(embed_dim, 2 * embed_dim))
         self.head = _zero(nn.Linear(embed_dim, (out_channels or in_channels) * patch_size**2))

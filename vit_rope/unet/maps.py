@@ -70,17 +70,22 @@ def build_at(name: str, level: int, spec: str, layout: MapLayout, remedy: str, k
 
     Raises ValueError that says which attention cannot take it, with the remedy where its head size is to blame.
     """
-    if kind not in ("softmax", "linear"):
-        raise ValueError(f"attention is 'softmax' or 'linear', got {kind!r}")
     try:
         position = build(spec, layout)
-        if kind == "linear":
-            check_linear(position(layout.coords()))
+        check_kind(kind, position, layout)
         return position
     except ValueError as error:
         hint = f"; {remedy}" if "head_dim" in str(error) else ""
         heads = f"{layout.width} channels, {layout.heads} heads of {layout.head}"
         raise ValueError(f"{name} (level {level}, {heads}): {error}{hint}") from error
+
+
+def check_kind(kind: Kind, position: Position, layout: Layout) -> None:
+    """Raise ValueError for an unknown kind of attention, and for one that cannot take a scheme."""
+    if kind not in ("softmax", "linear"):
+        raise ValueError(f"attention is 'softmax' or 'linear', got {kind!r}")
+    if kind == "linear":
+        check_linear(position(layout.coords()))
 
 
 def begin_missing(model: nn.Module, missing: Sequence[str]) -> None:
