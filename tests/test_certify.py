@@ -42,13 +42,18 @@ def test_what_is_not_relative_is_refused(spec):
     assert relativity_error(position) > 1e-2
 
 
-def test_the_quaternion_form_misses_by_a_quarter():
-    """e^(-xi) e^(yj) has a component sin x sin y along k that e^(yj - xi) has not: 1/4 at x = y = π/6."""
+@pytest.mark.parametrize(
+    ("row", "column", "error"), [(math.pi / 6, math.pi / 6, 0.25), (0.3, -0.9, None), (1.2, 2, None)]
+)
+def test_the_quaternion_form_misses_by_a_product_of_sines(row, column, error):
+    """e^(-xi) e^(yj) has a component sin x sin y along k, which e^(yj - xi) has not: 1/4 at x = y = π/6."""
     generators = build("quaternion(base=1)", Layout(width=4, heads=1, grid=(2, 2))).generators(torch.zeros(1))
-    angle = math.pi / 6
-    places = torch.tensor([[angle, 0.0], [0.0, angle], [-angle, angle]], dtype=torch.float64)
+    places = torch.tensor([[row, 0.0], [0.0, column], [-row, column]], dtype=torch.float64)
     one, two, apart = exponential(generators, places)[0, 0, :, 0, 0]
-    assert (one.T @ two - apart).abs().max().item() == pytest.approx(0.25, abs=1e-6)
+    missed = one.T @ two - apart
+    assert missed[3, 0].abs().item() == pytest.approx(abs(math.sin(row) * math.sin(column)), abs=1e-6)
+    if error is not None:  # the largest entry there
+        assert missed.abs().max().item() == pytest.approx(error, abs=1e-6)
     torch.testing.assert_close(one.T @ one, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)
 
 

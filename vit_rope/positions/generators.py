@@ -96,7 +96,9 @@ def block_diagonal(blocks: Tensor) -> Tensor:
 class Exponential(Position):
     """Queries and keys turned by R(p) = exp(sum_a p_a B_a) as it is written, a dense matrix for each token and head.
 
-    For study: where the generators commute, `Rotary` in a basis of its own is the same for the price of a table.
+    For study: where the generators commute, `Rotary` in a basis of its own is the same for the price of a table. Here a
+    token costs D² numbers, for each layer and head that learns its own: with 64 channels, 12 layers and 6 heads, 220 MB
+    on 14 x 14 tokens and 1.2 GB on 32 x 32 (and as much again while they are made); 3 and 16 MB where all share.
     Subclasses give generators (L, H, A, S, b, b) for coordinates on that device and in that precision, L and H being 1
     where layers and heads share, or R(p) itself; of blocks that reach beyond the head, what lies in it is taken.
     """
@@ -119,8 +121,8 @@ class Exponential(Position):
         return Encoding(self._side(coords), k)
 
     def _side(self, coords: Tensor) -> Side:
-        matrices = block_diagonal(self.rotations(coords).mT)  # a side multiplies rows of channels
-        return Side(basis=list(matrices[..., : self.size, : self.size].unbind(0)))
+        matrices = block_diagonal(self.rotations(coords))[..., : self.size, : self.size]
+        return Side(basis=list(matrices.mT.unbind(0)))  # a side multiplies rows of channels
 
 
 @register
