@@ -24,6 +24,14 @@ def test_learned_tables_are_resampled_as_timm_does(shape):
     torch.testing.assert_close(vectors(position, grid(shape), list(shape)), want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(5, 5), (3, 7)])
+def test_sinusoids_are_those_of_mae(shape):
+    module = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae")
+    want = module.build_2d_sinusoidal_position_embedding(*shape, embed_dim=24)
+    position = build("sincos", Layout(width=24, heads=2, grid=shape))
+    torch.testing.assert_close(vectors(position, grid(shape), list(shape)), want, rtol=0, atol=1e-6)
+
+
 def test_a_table_of_another_grid_is_resampled_when_loaded():
     small = build("learned", Layout(width=24, heads=2, grid=(4, 6)))
     large = build("learned", Layout(width=24, heads=2, grid=(9, 5)))

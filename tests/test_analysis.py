@@ -17,6 +17,9 @@ from vit_rope.positions.encoding import Relative, Side
 @pytest.mark.parametrize(
     ("base", "values"),
     [
+        (1, {1: 0.540, 7: 0.754, 13: 0.907, 31: 0.915, 63: 0.986}),
+        (500, {1: 0.945, 7: 0.589, 13: 0.492, 31: 0.308, 63: 0.300}),
+        (1e6, {1: 0.965, 7: 0.808, 13: 0.837, 31: 0.830, 63: 0.720}),
         (10, {1: 0.882, 7: -0.014, 13: -0.165, 31: 0.035, 63: -0.111}),
         (100, {1: 0.932, 7: 0.454, 13: 0.314, 31: 0.177, 63: -0.068}),
         (1e4, {1: 0.957, 7: 0.714, 13: 0.692, 31: 0.564, 63: 0.553}),
@@ -49,6 +52,13 @@ def test_kernels_of_heads_of_their_own():
 def test_reversibility(base, margin):
     position = build(f"axial(base={base})", Layout(width=64, heads=1, grid=(14, 14)))
     assert reversibility_margin(position, (14, 14)) == pytest.approx(margin, abs=6e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reversibility_of_learned_directions(seed):
+    torch.manual_seed(seed)
+    position = build("mixed", Layout(width=64, heads=1, grid=(14, 14), depth=1))
+    assert reversibility_margin(position, (14, 14)) == pytest.approx(0.060, abs=1.5e-3)
 
 
 def one_axis(base, pairs=16):
@@ -187,6 +197,7 @@ def test_distinct_rows_of_biases(function, count):
         ("t5(max_distance=14)", 729),
         ("t5(max_distance=128)", 361),
         ("alibi", 94),
+        ("kerple", 94),
         ('alibi(distance="quadratic")', 94),
         ('alibi(distance="manhattan")', 27),
         ("shaw(clip=4)", 81),

@@ -155,6 +155,19 @@ def test_axial_rotates_as_rotary_embedding_torch(shape):
     torch.testing.assert_close(rotate(q, encoding.q.turn[0]), want, rtol=0, atol=2e-6)
 
 
+def test_one_axis_rotates_as_gpt_j_and_gpt_neox():
+    gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj")
+    neox = pytest.importorskip("transformers.models.gpt_neox.modeling_gpt_neox")
+    q, layout = torch.randn(2, 3, 9, 16), Layout(width=48, heads=3, grid=(9,))
+    sin, cos = gptj.create_sinusoidal_positions(9, 16).chunk(2, dim=-1)
+    wanted = {"interleaved": gptj.apply_rotary_pos_emb(q.transpose(1, 2), sin[None], cos[None]).transpose(1, 2)}
+    sin, cos = (table.repeat(1, 2)[None] for table in (sin, cos))
+    wanted["half"] = neox.apply_rotary_pos_emb(q, q, cos, sin)[0]
+    for pairs, want in wanted.items():
+        encoding = build(f'axial(base=10000, pairs="{pairs}")', layout)(grid((9,)))
+        torch.testing.assert_close(rotate(q, encoding.q.turn[0], encoding.stride), want, rtol=0, atol=2e-6)
+
+
 def test_flat_counts_cells_of_the_grid_the_tokens_come_from():
     position = build("flat(base=10)", Layout(width=16, heads=2, grid=(3, 4)))
     one = build("axial(base=10)", Layout(width=16, heads=2, grid=(20,)))

@@ -169,6 +169,11 @@ def test_sums_keep_their_other_parts():
     [
         ("yarn(learned)", "yarn modifies schemes that rotate along the axes, such as axial or mixed, not Learned"),
         ("ntk(flat + sincos)", "such as axial or mixed, not Flat . SinCos"),
+        (
+            "interpolate(axial(learned=True))",
+            r"'interpolate\(axial\(learned=True\)\)': interpolate modifies schemes that",
+        ),
+        ("ntk(comrope_ld)", "ntk modifies schemes that rotate along the axes, such as axial or mixed, not ComRoPE_LD"),
         ("ntk(ntk(axial))", "such as axial or mixed, not Scaled"),
         ("ntk", r"ntk modifies 1 scheme\(s\) \(scheme\), got 0"),
         ("interpolate(axial, factor=0)", "factor is a positive number, or one for each of 2 axes, got 0"),

@@ -277,6 +277,21 @@ def test_logcpb_is_timms_with_displacements_turned(shape):
         assert want.std() > 1
 
 
+@pytest.mark.parametrize("window", [(8, 8), (12, 10), (3, 5)])
+def test_logcpb_meets_other_windows_as_swin_v2_does(window):
+    position = scheme("logcpb(width=64)", layout_of((8, 8)))
+    theirs = RelPosMlp(window, num_heads=3, hidden_dim=64, mode="swin", pretrained_window_size=(8, 8)).eval()
+    with torch.no_grad():
+        theirs.mlp.fc1.weight.copy_(-position.network.inward[1].T)
+        theirs.mlp.fc1.bias.copy_(position.network.bias[1, 0])
+        theirs.mlp.fc2.weight.copy_(position.network.outward[1].T / 8)
+        position.network.outward /= 8
+    want = theirs.get_bias().detach().reshape(3, math.prod(window), -1)
+    for options in ({}, {"grid": list(window)}):
+        same(logits(position, grid(window), 1, **options), want, atol=1e-4)
+    assert want.std() > 1
+
+
 @pytest.mark.parametrize(("shape", "bigger"), [((5,), (9,)), ((3, 4), (6, 5)), ((2, 3, 2), (1, 3, 2))])
 def test_fire(shape, bigger):
     position = scheme("fire(width=4)", layout_of(shape))

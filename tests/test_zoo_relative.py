@@ -205,6 +205,22 @@ def test_transformerxl_is_wav2vec2_berts_with_displacements_turned():
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+def test_transformerxl_is_xlnets_with_displacements_turned():
+    module = pytest.importorskip("transformers.models.xlnet.modeling_xlnet")
+    config = module.XLNetConfig(d_model=24, n_head=3, d_head=8, n_layer=1, d_inner=8, vocab_size=2, dropout=0.0)
+    position, (q, k, v) = scheme("transformerxl", layout_of((9,))), qkv(9)
+    theirs = module.XLNetRelativeAttention(config).double().eval()
+    weight = position.weight.detach()[1, 0].view(12, 2, 3, 8).double()  # pairs of sine and cosine
+    with torch.no_grad():
+        theirs.r_w_bias.copy_(position.u[1])
+        theirs.r_r_bias.copy_(position.v[1])
+        places = module.XLNetModel(config).double().relative_positional_encoding(9, 9, 1).double()
+        places = torch.einsum("ibh,hnd->ibnd", places, torch.cat((-weight[:, 0], weight[:, 1])))
+        want = theirs.rel_attn_core(*(x.permute(2, 0, 1, 3) for x in (q, k, v)), places).permute(1, 2, 0, 3)
+        got = attend(q, k, v, position(grid((9,)).double()), 1)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("clip", [None, 1])
 def test_deberta(shape, clip):
@@ -271,7 +287,7 @@ def test_irpe_buckets_are_the_papers(ratio):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", ["product", "cross", "euclidean"])
+@pytest.mark.parametrize("method", ["product", "cross", "euclidean", "quant"])
 @pytest.mark.parametrize("on", ["k", "qk", "qkv"])
 def test_irpe(shape, method, on):
     position = scheme(f'irpe(method="{method}", on="{on}", ratio=1.5)', layout_of(shape))
@@ -281,6 +297,8 @@ def test_irpe(shape, method, on):
         found = [piecewise(d, 1.5) + 3 for d in delta]
         if method == "euclidean":
             return table[piecewise(round(math.sqrt(sum(d * d for d in delta))), 1.5)]
+        if method == "quant":
+            return table[piecewise(sum(d * d for d in delta), 1.5)]
         if method == "cross":
             return sum(table[7 * a + b] for a, b in enumerate(found))
         return table[sum(b * 7 ** (len(shape) - 1 - a) for a, b in enumerate(found))]

@@ -373,6 +373,8 @@ def test_liere_is_the_exponential_and_not_relative():
             )
             > 0.3
         )
+        along = [torch.linalg.matrix_exp(s * (2 * generators[0] - generators[1])) for s in (0.3, 1.0, 0.7)]
+        torch.testing.assert_close(along[0].T @ along[1], along[2])  # on a line through the origin it is relative
     assert build("liere(block=2)", layout_of(shape)).relative
     with pytest.raises(ValueError, match="generators do not commute: entries of B_a B_b - B_b B_a reach"):
         spectrum(torch.stack(generators))
@@ -577,6 +579,10 @@ def test_xpos_decays_towards_the_past_and_grows_towards_the_future():
     zeta = (torch.arange(6, dtype=torch.float64) / 6 + 1) / 2
     torch.testing.assert_close(b * c, zeta**3, rtol=0, atol=1e-6)
     torch.testing.assert_close(a * d, zeta**-3, rtol=0, atol=1e-4)
+    here, later = (
+        side.turn[0][0, :, 0].norm(dim=-1) for side in build("xpos", layout_of((9,)))(512.0 * coords / 3)[:2]
+    )
+    assert float(here[0, 0] * later[1, 0]) == pytest.approx(3.5, abs=1e-3)  # as published, over one scale
 
 
 @pytest.mark.parametrize("spec", ["xpos + mixed", "mixed + xpos", "pope", "valuerope + mixed"])

@@ -71,7 +71,7 @@ def reversibility_margin(position: Position, grid: tuple[int, ...], layer: int =
     Zero means that two places look the same to every pair of a head; the worst head counts.
     """
     displacements = offsets(grid).double()
-    return float(1 - kernel(position, displacements[displacements.any(dim=-1)], layer).max())
+    return float(1 - kernel(position, displacements[displacements.any(dim=-1)], layer).detach().max())
 
 
 def aliases(position: Position, grid: tuple[int, ...], layer: int = 0) -> Tensor:

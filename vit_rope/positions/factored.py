@@ -104,7 +104,8 @@ class Untied(Position):
 def tupe(layout: Layout) -> Position:
     """Content and place untied: (q_i · k_j + p_i U_q · p_j U_k) / sqrt(2D), shared by all layers (arXiv:2006.15595).
 
-    TUPE-A; TUPE-R is "tupe + t5". Tokens without a place have logits of their content alone, θ_1 = θ_2 = 0.
+    TUPE-A; TUPE-R is "tupe + t5". Tokens without a place have logits of their content alone: θ_2, what all others add
+    to a class token's, is 0, and θ_1, what it adds to theirs, is the same along its row, where a softmax sees nothing.
     """
     return Untied(layout, 1, content=2**-0.5, place=2**-0.5)
 

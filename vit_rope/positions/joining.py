@@ -56,9 +56,9 @@ class Concat(Position):
 class Inject(Position):
     """A scheme whose tokens get their places before the layers that are named, from 0 or, if negative, from the end.
 
-    `inject(learned, layers=(-2, -1))` is the enhanced mask decoder of DeBERTa (arXiv:2006.03654), where absolute places
-    join late; with layers=(0, -2, -1) they come early and once more. What the scheme does in attention stays. Raises
-    ValueError for a layer that does not exist, or a scheme that does nothing to tokens.
+    `inject(learned, layers=(-2, -1))` brings absolute places in late, as DeBERTa's enhanced mask decoder does, there to
+    the queries alone (arXiv:2006.03654); with layers=(0, -2, -1) they come early and once more. What the scheme does in
+    attention stays. Raises ValueError for a layer that does not exist, or a scheme that does nothing to tokens.
     """
 
     each_layer = True

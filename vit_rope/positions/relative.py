@@ -154,14 +154,15 @@ class IRPE(Terms):
 
     Along an axis a bucket is round(Δ) up to α cells, then α + ln(|Δ|/α) / ln(γ/α) · (β - α), rounded and cut at β, with
     α, β, γ = ratio · (1, 2, 8). `method` "product" has a row for each combination of the axes' buckets, "cross" adds a
-    row for each axis, "euclidean" has one for each bucket of the rounded distance. `on` "qk" also adds k_j · r, and
-    "qkv" Σ_j a_ij r to the outputs, each of a table of its own. Raises ValueError for a ratio below 1.
+    row for each axis, "euclidean" has one for each bucket of the rounded distance, "quant" of its square. `on` "qk"
+    also adds k_j · r, and "qkv" Σ_j a_ij r to the outputs, each of a table of its own. Raises ValueError for a ratio
+    below 1.
     """
 
     def __init__(
         self,
         layout: Layout,
-        method: Literal["product", "cross", "euclidean"] = "product",
+        method: Literal["product", "cross", "euclidean", "quant"] = "product",
         on: Literal["k", "qk", "qkv"] = "k",
         ratio: float = 1.9,
     ) -> None:
@@ -172,7 +173,7 @@ class IRPE(Terms):
         self.sides = {"k": "q", "qk": "qk", "qkv": "qkv"}[on]
         self.most = int(2 * ratio)
         side = 2 * self.most + 1
-        rows = {"product": side**layout.axes, "cross": side * layout.axes, "euclidean": self.most + 1}[method]
+        rows = {"product": side**layout.axes, "cross": side * layout.axes}.get(method, self.most + 1)
         self.table = nn.Parameter(torch.empty(len(self.sides), layout.depth, 1, rows, layout.head_dim))
         self.reset_parameters()
 
@@ -192,6 +193,8 @@ class IRPE(Terms):
         """Rows (T,) of displacements (T, A): one of each, or one for each axis."""
         if self.method == "euclidean":
             return [self.bucket(delta.norm(dim=-1).round())]
+        if self.method == "quant":
+            return [self.bucket(delta.square().sum(dim=-1))]
         each, side, rows = self.bucket(delta) + self.most, 2 * self.most + 1, delta.new_zeros((), dtype=torch.long)
         if self.method == "cross":
             return [each[:, a] + a * side for a in range(each.shape[-1])]
