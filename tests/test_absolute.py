@@ -24,6 +24,18 @@ def test_learned_tables_are_resampled_as_timm_does(shape):
     torch.testing.assert_close(vectors(position, grid(shape), list(shape)), want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("shape", "other"), [((5,), (8,)), ((3, 4, 2), (5, 4, 3)), ((2, 3, 2, 2), (3, 2, 4, 2))])
+def test_learned_tables_of_other_axes_are_resampled_linearly(shape, other):
+    position = build("learned", Layout(width=24, heads=2, grid=shape))
+    got = vectors(position, grid(other), list(other))
+    places = (grid(other) + 0.5) * torch.tensor(shape) / torch.tensor(other) - 0.5  # cells of the same box
+    torch.testing.assert_close(got, vectors(position, places), rtol=0, atol=1e-6)
+    if len(shape) == 3:
+        table = position.table.detach().movedim(-1, 0)[None]
+        want = torch.nn.functional.interpolate(table, other, mode="trilinear")[0].flatten(1).T
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (3, 7)])
 def test_sinusoids_are_those_of_mae(shape):
     module = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae")

@@ -49,15 +49,18 @@ def summed(along: Callable[[int, Tensor], Tensor], coords: Tensor, grid: Sequenc
 
 
 def resample(table: Tensor, grid: Sequence[int]) -> Tensor:
-    """A table (*sizes, C) resampled to (*grid, C): bicubic and antialiased on images, linear on 1 or 3 axes."""
+    """A table (*sizes, C) resampled to (*grid, C): bicubic and antialiased on images, else linear along each axis."""
     if _same(table.shape[:-1], grid):
         return table
-    mode = {1: "linear", 2: "bicubic", 3: "trilinear"}.get(table.ndim - 1)
-    if mode is None:
-        raise ValueError(f"a learned table can be resampled on 1, 2 or 3 axes, not on {table.ndim - 1}")
-    image = table.movedim(-1, 0)[None]
-    image = nn.functional.interpolate(image, tuple(grid), mode=mode, antialias=mode == "bicubic", align_corners=False)
-    return image[0].movedim(0, -1)
+    if len(grid) == 2:
+        image = table.movedim(-1, 0)[None]
+        image = nn.functional.interpolate(image, tuple(grid), mode="bicubic", antialias=True, align_corners=False)
+        return image[0].movedim(0, -1)
+    for axis, size in enumerate(grid):  # linear along one axis after another is linear along all
+        lines = table.movedim(axis, -1)
+        line = nn.functional.interpolate(lines.flatten(0, -2)[None], size, mode="linear", align_corners=False)[0]
+        table = line.view(*lines.shape[:-1], size).movedim(-1, axis)
+    return table
 
 
 def _same(sizes: Sequence[int], grid: Sequence[int]) -> bool:
@@ -88,7 +91,7 @@ def read(table: Tensor, cells: Tensor) -> Tensor:
 class Learned(Absolute):
     """A learned vector for every cell of the training grid (arXiv:2010.11929).
 
-    On another grid the table is resampled, bicubic and antialiased on images and linear on 1 or 3 axes; at coordinates
+    On another grid the table is resampled, bicubic and antialiased on images and linear elsewhere; at coordinates
     that are no whole grid it is read by linear interpolation between cells, and beyond the border it goes on as at the
     border. A checkpoint of another grid is resampled when it is loaded.
     """
