@@ -251,6 +251,15 @@ def test_kerple(shape, kind, distance):
         assert torch.linalg.eigvalsh(middle @ bias.double() @ middle).min() > -1e-9  # conditionally positive definite
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "manhattan"])
+def test_kerples_exponents_end_where_powers_are_no_kernel_any_more(distance):
+    most = build(f'kerple(kind="power", distance="{distance}")', layout_of((6, 6))).most
+    middle = torch.eye(36).double() - 1 / 36
+    for factor, definite in ((0.99, True), (1.0, True), (1.1, False)):
+        bias = loop(lambda h, delta, power=factor * most: -(NORMS[distance](delta) ** power), (6, 6), 1)[0]
+        assert (torch.linalg.eigvalsh(middle @ bias @ middle).min() > -1e-9) == definite
+
+
 @pytest.mark.parametrize("kind", ["log", "power"])
 def test_kerple_begins_as_published(kind):
     position = build(f'kerple(kind="{kind}")', layout_of((4, 4), heads=16, depth=64))
