@@ -1,5 +1,6 @@
 """attend against loops in float64, and what it asks of torch's kernels."""
 
+import itertools
 import re
 
 import pytest
@@ -144,3 +145,27 @@ def test_dropout_drops():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("placed", [1, 5])
+def test_bases_are_matrices_of_heads_their_blocks_or_one_for_all_tokens(shared, placed):
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = torch.randn(3, 2, 3, placed + 1, 8, generator=generator, dtype=torch.float64)
+    blocks = torch.randn(
+        1 if shared else 2, placed, 1 if shared else 3, 4, 2, 2, generator=generator, dtype=torch.float64
+    )
+    dense = torch.zeros(*blocks.shape[:3], 8, 8, dtype=torch.float64)
+    for s in range(4):
+        dense[..., 2 * s : 2 * s + 2, 2 * s : 2 * s + 2] = blocks[..., s, :, :]
+    turned = [x.clone() for x in (q, k)]
+    for x, y in zip((q, k), turned, strict=True):
+        for b, h, n in itertools.product(range(2), range(3), range(placed)):  # the first token has no place
+            y[b, h, n + 1] = x[b, h, n + 1] @ dense[b % len(dense), n, h % dense.shape[2]]
+    want = attend(*turned, v, Encoding())
+    for basis in (blocks, dense):
+        got = attend(q, k, v, Encoding(Side(basis=[basis]), prefix=(1, 1)))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    own = torch.randn(3, 8, 8, generator=generator, dtype=torch.float64)
+    got = attend(q, k, v, Encoding(Side(basis=[own]), prefix=(1, 1)))
+    torch.testing.assert_close(got, attend(q @ own, k @ own, v, Encoding()), rtol=0, atol=1e-12)

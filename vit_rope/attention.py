@@ -186,14 +186,19 @@ def _turned(x: Tensor, side: Side, stride: int, layer: int, prefix: int, what: s
 
 
 def _in_basis(x: Tensor, basis: Tensor, prefix: int, what: str) -> Tensor:
-    """x (B, H, N, D) times matrices (B, N or 1, H, D, E): one for all tokens, or each its own but for the prefix."""
+    """x (B, H, N, D) times matrices: one for all tokens, or each its own but for the prefix."""
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-    basis = basis.to(precise).transpose(1, 2)
-    if basis.shape[2] == 1:
-        return (x.to(precise) @ basis[:, :, 0]).to(x.dtype)
-    _check(basis.shape[2], prefix, x.shape[2], what)
-    placed = (x[:, :, prefix:].to(precise)[..., None, :] @ basis).squeeze(-2).to(x.dtype)
-    return torch.cat((x[:, :, :prefix], placed), dim=2) if prefix else placed
+    basis = basis.to(precise)
+    if basis.ndim == 3:
+        return (x.to(precise) @ basis).to(x.dtype)
+    _check(basis.shape[1], prefix, x.shape[2], what)
+    placed = x[:, :, prefix:].to(precise)
+    if basis.ndim == 5:
+        placed = torch.einsum("bhnd,bnhde->bhne", placed, basis)
+    else:
+        blocks = placed.unflatten(-1, (basis.shape[3], -1))
+        placed = torch.einsum("bhnsd,bnhsde->bhnse", blocks, basis).flatten(-2)
+    return torch.cat((x[:, :, :prefix], placed.to(x.dtype)), dim=2)
 
 
 def _beside(x: Tensor, extra: Tensor, prefix: int) -> Tensor:

@@ -32,10 +32,10 @@ class Angles(NamedTuple):
 class Side(NamedTuple):
     """What happens to the queries, keys or values of an attention, or to its output, in this order.
 
-    `basis`: matrices (B, N, H, D, E) that channels are multiplied by; N is 1 where all tokens share one, also those
-    without a place. `turn`: cosines and sines (B, N, H, R, 2) in float32 by which R channel pairs turn; or `angles`, of
-    which to make them. `extra`: channels (B, H, N, E) beside; their products join the scaled logits. B and H are 1
-    where samples or heads share.
+    `basis`: matrices (B, N, H, D, E) that channels are multiplied by, or blocks on their diagonals (B, N, H, S, b, c);
+    (H, D, E) where all tokens share one, also those without a place. `turn`: cosines and sines (B, N, H, R, 2) in
+    float32 by which R channel pairs turn; or `angles`, of which to make them. `extra`: channels (B, H, N, E) beside;
+    their products join the scaled logits. B and H are 1 where samples or heads share.
     """
 
     basis: list[Tensor] | None = None
