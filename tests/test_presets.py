@@ -27,7 +27,9 @@ from timm.models.gemma4_vit import Gemma4RotaryEmbedding2D, apply_multidimension
 from vit_rope.attention import attend
 from vit_rope.positions import Layout, Rotary, build
 from vit_rope.positions.encoding import tables
-from vit_rope.positions.presets import Exact, Reference, presets
+from vit_rope.positions.exact import Exact
+from vit_rope.positions.measures import Measured, Reference
+from vit_rope.positions.presets import presets
 from vit_rope.positions.rotation import angles, rotate
 
 SHAPE = (5, 7)
@@ -231,13 +233,19 @@ def test_every_preset_builds_and_says_where_it_comes_from(name):
     preset = presets()[name]
     scheme, layout = position(name, head=128, shape=(3, 4, 5, 2)[: preset.axes])
     assert layout.axes == preset.axes
-    assert isinstance(scheme, Rotary) or name in ("eva02", "perception_encoder", "vjepa2")
-    assert re.search(r"timm|diffusers|transformers|facebookresearch", preset.source)
+    assert isinstance(scheme, Rotary | Measured) or name == "vjepa2"
+    assert re.search(r"timm|diffus|transformers|vit|torch|/", preset.source)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("xy(axial(learned=True))", "such as xy(axial), not Paced"),
+        ("ladder(axial, first=0)", "ladder needs a positive first and last speed, got 0 and 100.0"),
+        ("ladder(goldengate, learned=True)", "a ladder learns the speeds of a scheme whose heads turn alike"),
+        ("ltx(base=0)", "ltx needs base > 0, an even head_dim and a width of 4 or more, got 0, 64 and 128"),
+        ("span(axial, first=1)", "span needs a first and another last coordinate, got 1 for both"),
+        ("goldengate(rounds=0)", "goldengate finds its ratio in 1 round or more, got 0"),
         ("xy(learned)", "xy modifies a rotary scheme with frequencies for each axis, such as xy(axial)"),
         ("alternate(axial(share=(16, 24)))", "axes alternate where each has as many pairs of its own as the others"),
         ("alternate(mixed)", "axes alternate where each has as many pairs of its own as the others"),
@@ -251,3 +259,8 @@ def test_every_preset_builds_and_says_where_it_comes_from(name):
 def test_refusals(spec, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(spec, Layout(128, 2, SHAPE))
+
+
+def test_span_counts_cells():
+    with pytest.raises(ValueError, match=r"span counts cells: unit .index., origin 0, not 'centered' and 0"):
+        build("span(axial)", Layout(128, 2, SHAPE, unit="centered"))

@@ -164,9 +164,66 @@ def test_sums_keep_their_other_parts():
     torch.testing.assert_close(both(LAYOUT.coords()).q.turn, one(LAYOUT.coords()).q.turn)
 
 
+@pytest.mark.parametrize("name", ["interpolate", "ntk", "yarn"])
+@pytest.mark.parametrize("scheme", ["reference({}, grid=(7, 5))", "xy({})", "alternate({})", "span({}, last=9)"])
+def test_modifiers_reach_what_other_modifiers_hold(name, scheme):
+    """Outside is inside, but for the turns of yarn, which are those over what the scheme sees: here half the grid."""
+    inner = "axial(base=10000)"
+    outside = build(f"{name}({scheme.format(inner)}, factor=3)", LAYOUT)
+    inside = build(scheme.format(f"{name}({inner}, factor=3)"), LAYOUT)
+    coords = LAYOUT.coords([20, 12])
+    got, want = (getattr(p, "scheme", p).frequencies(coords) for p in (outside, inside))
+    if name == "yarn" and hasattr(outside, "scheme"):
+        half = Layout(width=128, heads=2, grid=(7, 5))
+        reach = [14 * 10 / 13, 10 * 10 / 9] if "span" in scheme else half.grid
+        assert outside.scheme.reach == pytest.approx(reach)
+        if "reference" in scheme:
+            want = build(f"yarn({inner}, factor=3)", half).frequencies(coords)
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    else:
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    turned = outside(coords, grid=[20, 12])
+    assert turned.scale == inside(coords, grid=[20, 12]).scale
+
+
+def test_ntk_over_a_reference_is_a_larger_base():
+    turn = build("ntk(reference(xy(axial(base=100)), grid=(16, 16)), factor=2)", LAYOUT)
+    base = 100 * 2 ** (16 / 15)
+    want = build(f"reference(xy(axial(base={base})), grid=(16, 16))", LAYOUT)
+    got, want = (scheme(LAYOUT.coords([9, 5]), grid=[9, 5]).q.turn[0] for scheme in (turn, want))
+    torch.testing.assert_close(got, want, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("scheme", ["dinov3", "axial64", "xy(dinov3)"])
+def test_exact_schemes_scale_as_the_frequencies_that_they_are(scheme):
+    layout = Layout(128, 2, (14, 10), unit="centered")
+    plain, scaled = build(scheme, layout), build(f"ntk({scheme}, factor=4)", layout)
+    ratio = (scaled.frequencies(layout.coords()) / plain.initial)[0, 0]
+    assert ratio[0, ratio[0].isfinite()].aminmax() == (pytest.approx(0.25), pytest.approx(1))
+    same = build(f"interpolate({scheme}, factor=1)", layout)(layout.coords()).q.turn[0]
+    torch.testing.assert_close(same, plain(layout.coords()).q.turn[0], rtol=0, atol=2e-6)
+
+
+def test_a_reference_keeps_the_names_of_its_weights():
+    trained, scaled = build("reference(mixed)", LAYOUT), build("yarn(reference(mixed) + learned)", LAYOUT)
+    assert {f"parts.0.{key}" for key in trained.state_dict()} <= set(scaled.state_dict())
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        (
+            "dynamic(reference(axial))",
+            "dynamic goes by how far a grid reaches, but reference makes all reach alike",
+        ),
+        (
+            "reference(dynamic(axial))",
+            "dynamic goes by how far a grid reaches, but reference makes all reach alike",
+        ),
+        (
+            "ntk(reference(learned))",
+            "ntk modifies schemes that rotate along the axes, such as axial or mixed, not Learned",
+        ),
         ("yarn(learned)", "yarn modifies schemes that rotate along the axes, such as axial or mixed, not Learned"),
         ("ntk(flat + sincos)", "such as axial or mixed, not Flat . SinCos"),
         (

@@ -24,17 +24,22 @@ def splitaxial(layout: Layout, base: float = 10000.0, pairs: Pairs = "interleave
 
 
 @register
-def goldengate(layout: Layout, base: float = 100.0, pairs: Pairs = "interleaved", fastest: float = 1.0) -> Rotary:
+def goldengate(
+    layout: Layout, base: float = 100.0, pairs: Pairs = "interleaved", fastest: float = 1.0, rounds: int = 64
+) -> Rotary:
     """Directions spread evenly over the sphere by a golden-ratio sequence, other ones for each head, none learned.
 
     Pair j of P turns at `fastest` * base^(-j/P), in radians per unit. Its direction is a point of the sequence
     i (1/g, 1/g^2, …) mod 1, where g^(A + 1) = g + 1, made normal by the inverse of its distribution and then of length
-    1 (J. Xiong, "On N-dimensional rotary positional embeddings", 2025). Raises ValueError for an odd head dimension or
-    one too small.
+    1 (J. Xiong, "On N-dimensional rotary positional embeddings", 2025). The published code finds g in 10 `rounds`, to
+    1e-7, which the last directions show in their fourth digit. Raises ValueError for an odd head dimension, one too
+    small, or no round.
     """
     count = _pairs("goldengate", layout, base, fastest)
+    if rounds < 1:
+        raise ValueError(f"goldengate finds its ratio in 1 round or more, got {rounds}")
     golden = 2.0
-    for _ in range(64):
+    for _ in range(rounds):
         golden = (1 + golden) ** (1 / (layout.axes + 1))
     steps = golden ** -torch.arange(1, layout.axes + 1, dtype=torch.float64, device="cpu")
     number = torch.arange(1, layout.heads * count + 1, dtype=torch.float64, device="cpu")

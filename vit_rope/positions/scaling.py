@@ -5,7 +5,8 @@ many times farther coordinates reach than in training, a factor that may be anot
 all alike, `ntk` the slowest most and the fastest not at all, `yarn` those that made less than a turn over the training
 grid; `dynamic` is `ntk` by what the grid at hand says. They hold for fixed and for learned frequencies, which keep
 their names in a state dict: a trained model takes any of them without other weights. A modifier of a sum changes its
-rotary parts: yarn(sincos + axial) is sincos + yarn(axial).
+rotary parts: yarn(sincos + axial) is sincos + yarn(axial). One of a scheme that measures its grids changes what is
+inside: yarn(reference(axial)) counts turns over the reference.
 """
 
 import math
@@ -19,6 +20,8 @@ from torch import Tensor
 from . import coords as places
 from .base import Layout, Position, Sum
 from .encoding import Encoding
+from .exact import Exact
+from .measures import ALIKE, Measured
 from .rotary import Rotary
 from .specs import register
 
@@ -31,13 +34,14 @@ class Scaled(Rotary):
 
     With `dynamic`, factor f makes that 1 + f (s - 1) on a grid that reaches s >= 1 times as far as that of training; it
     is 1 for coordinates without a grid. A temperature t makes logits (t ln s + 1)² times as large, s being the
-    geometric mean of the factors.
+    geometric mean of the factors. `reach` is how far coordinates reach along each axis in training.
     """
 
     def __init__(
         self,
         layout: Layout,
         scheme: Rotary,
+        reach: Sequence[float],
         rule: Rule,
         factor: Factor,
         dynamic: bool = False,
@@ -49,9 +53,7 @@ class Scaled(Rotary):
             raise ValueError(f"factor is a positive number, or one for each of {layout.axes} axes, got {factor}")
         self.layout, self.rule, self.dynamic = layout, rule, dynamic
         self.scale = (temperature * sum(map(math.log, self.factor)) / layout.axes + 1) ** 2
-        ends = torch.tensor([[0.0], [1.0]], device="cpu").expand(2, layout.axes)
-        pitch = 1 / layout.cell(ends).diff(dim=0)[0]  # how far a cell is from the next
-        self.reach = [n * float(distance) for n, distance in zip(layout.grid, pitch, strict=True)]
+        self.reach = reach
 
     def factors(self, grid: Sequence[int] | None) -> Sequence[Any]:
         """The factor of each axis for coordinates on a grid."""
@@ -154,15 +156,34 @@ def by_parts(freqs: Tensor, factors: Sequence[Any], reach: Sequence[float], slow
 
 def _modify(layout: Layout, scheme: Position, name: str, rule: Rule, factor: Factor, **options: Any) -> Position:
     """The scheme with its rotary parts under a rule, the others as they are."""
-    parts = [cast(Position, part) for part in scheme.parts] if isinstance(scheme, Sum) else [scheme]
-    if not any(map(_along_axes, parts)):
-        kinds = " + ".join(type(part).__name__ for part in parts)
+    leaves: list[Position] = []
+
+    def under(part: Position, cells: Tensor) -> Position:
+        """The part, which sees two neighbouring cells at `cells` (2, A)."""
+        if isinstance(part, Sum):
+            return Sum(*(under(cast(Position, each), cells) for each in part.parts))
+        if isinstance(part, Measured):
+            if options.get("dynamic"):
+                raise ValueError(f"{name} goes by how far a grid reaches, but {type(part).__name__.lower()} {ALIKE}")
+            part.scheme = under(part.scheme, part.measure(cells, layout.grid))
+            return part
+        leaves.append(part)
+        if not _along_axes(part):
+            return part
+        reach = [n * float(distance) for n, distance in zip(layout.grid, cells.diff(dim=0)[0], strict=True)]
+        return Scaled(layout, part, reach, rule, factor, **options)
+
+    ends = torch.tensor([[0.0], [1.0]], device="cpu").expand(2, layout.axes)
+    pitch = 1 / layout.cell(ends).diff(dim=0)
+    changed = under(scheme, torch.cat((torch.zeros_like(pitch), pitch)))
+    if not any(map(_along_axes, leaves)):
+        kinds = " + ".join(type(part).__name__ for part in leaves)
         raise ValueError(f"{name} modifies schemes that rotate along the axes, such as axial or mixed, not {kinds}")
-    changed = [Scaled(layout, part, rule, factor, **options) if _along_axes(part) else part for part in parts]
-    return Sum(*changed) if isinstance(scheme, Sum) else changed[0]
+    return changed
 
 
 def _along_axes(scheme: Position) -> TypeGuard[Rotary]:
-    """Whether a scheme is its frequencies alone, which no class of its own treats in another way."""
+    """Whether a scheme is its frequencies alone, which no class of its own treats in another way, but for rounding."""
     cls = type(scheme)
-    return issubclass(cls, Rotary) and (cls.encode, cls.frequencies) == (Rotary.encode, Rotary.frequencies)
+    plain = issubclass(cls, Rotary) and (cls.encode, cls.frequencies) == (Rotary.encode, Rotary.frequencies)
+    return plain or isinstance(scheme, Exact)
