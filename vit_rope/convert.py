@@ -1,21 +1,25 @@
 """Models that others trained, as a RopeViT: the same function, with positions that are a spec.
 
 `from_timm` turns a rotary model of timm (its class Eva: EVA-02, RoPE-ViT, Perception Encoder, DINOv3, Sapiens2 and
-others) into a RopeViT; `ropeify` gives any VisionTransformer of timm rotary positions, beside its learned table or in
-its place. Both read the architecture off the modules, so a model that was changed after it was made converts as it is.
+others; Qwen3-ViT and DeepSeek-ViT) into a RopeViT; `ropeify` gives any VisionTransformer of timm rotary positions,
+beside its learned table or in its place. Both read the architecture off the modules, so a model that was changed after
+it was made converts as it is.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import timm
 from timm import layers
 from timm.models import VisionTransformer
+from timm.models.deepseek_vit import DeepseekVitBlock
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from .layouts import Weights, from_eva, move_table
+from .encoders import ENCODERS, as_eva
+from .layouts import Weights, from_encoder, from_eva, move_table
 from .vit import RopeViT
 
 BASE = "vit_rope_base_patch16_224"  # a converted model is this one, with every argument overridden
@@ -41,15 +45,18 @@ UNITS = {"separate": "centered", "min": "centered_shorter", "max": "centered_lon
 
 
 def from_timm(model: nn.Module) -> RopeViT:
-    """A rotary model of timm (class Eva) as a RopeViT of the same function, with weights of its own.
+    """A rotary model of timm (class Eva, Qwen3-ViT, DeepSeek-ViT) as a RopeViT of the same function, its own copy.
 
-    Keys that had no bias get one of zero, and a scale on attention alone gets one of ones beside it. Raises TypeError
-    for a model of another class, and ValueError for a feature that RopeViT does not have, naming it.
+    Keys that had no bias get one of zero, and so do MLPs; norms without a scale and attention that alone has one get
+    another of ones. A learned table that the model resamples is taken as it is on a grid of its `img_size`. Raises
+    TypeError for a model of another class, and ValueError for a feature that RopeViT does not have, naming it.
     """
+    if isinstance(model, ENCODERS):
+        return _make(model, architecture(model), from_encoder)
     if not isinstance(model, Eva):
         hint = "; ropeify gives it rotary positions" if isinstance(model, VisionTransformer) else ""
         raise TypeError(f"from_timm converts models of timm's class Eva, got {type(model).__name__}{hint}")
-    return _make(model, architecture(model), from_eva(model.state_dict()))
+    return _make(model, architecture(model), lambda state, _: from_eva(state))
 
 
 def ropeify(model: nn.Module, position: str, ape: Literal["keep", "drop", "gate"] = "keep") -> RopeViT:
@@ -65,7 +72,7 @@ def ropeify(model: nn.Module, position: str, ape: Literal["keep", "drop", "gate"
     if isinstance(model, RopeViT):
         raise TypeError("the model is a RopeViT already; create it with another position and load its weights")
     args = architecture(model, position, ape)
-    return _make(model, args, model.state_dict())
+    return _make(model, args, lambda state, _: state)
 
 
 def architecture(model: nn.Module, position: str = "", ape: str = "keep") -> dict[str, Any]:
@@ -74,18 +81,19 @@ def architecture(model: nn.Module, position: str = "", ape: str = "keep") -> dic
     `position` and `ape` are those of `ropeify`; an Eva brings its own positions. Raises ValueError for a feature that
     RopeViT does not have.
     """
-    if not isinstance(model, Eva | VisionTransformer):
+    if not isinstance(model, (Eva, VisionTransformer, *ENCODERS)):
         raise TypeError(
             f"models with blocks of a ViT convert, timm's Eva and VisionTransformer, not {type(model).__name__}"
         )
-    net = cast(Any, model)
+    net = as_eva(model) if isinstance(model, ENCODERS) else cast(Any, model)
     block: Any = net.blocks[0] if len(net.blocks) else None
-    eva = isinstance(model, Eva)
-    _refuse(type(block) is not (EvaBlock if eva else Block), f"blocks of type {type(block).__name__}")
+    eva = not isinstance(model, VisionTransformer)
+    _refuse(
+        type(block) not in ((EvaBlock, DeepseekVitBlock) if eva else (Block,)), f"blocks of type {type(block).__name__}"
+    )
     _refuse(type(net.patch_embed) is not layers.PatchEmbed, f"patches by {type(net.patch_embed).__name__}")
     _refuse(hasattr(net, "dist_token"), "a distillation token")
     norm, fc_norm, pre_norm = _there(net.norm), _there(net.fc_norm), _there(net.norm_pre)
-    _refuse(norm and fc_norm, "a norm before pooling and another after it")
     _refuse(_there(net.patch_embed.norm), "a norm inside the patch embedding")
     _refuse(pre_norm == (net.patch_embed.proj.bias is not None), "a norm_pre beside a bias of patches, or neither")
     args: dict[str, Any] = {
@@ -101,12 +109,12 @@ def architecture(model: nn.Module, position: str = "", ape: str = "keep") -> dic
         "pos_embed": "none" if net.pos_embed is None else "learn",
         "no_embed_class": net.no_embed_class,
         "pre_norm": pre_norm,
-        "final_norm": norm or fc_norm,
+        "final_norm": "both" if norm and fc_norm else norm or fc_norm,
         "fc_norm": fc_norm,
         "pool_include_prefix": net.global_pool == "map" if eva else net.pool_include_prefix,
         "dynamic_img_size": net.dynamic_img_size,
         "dynamic_img_pad": net.patch_embed.dynamic_img_pad,
-        "init_values": block.init_values if eva else getattr(block.ls1, "init_values", None),
+        "init_values": getattr(block if eva else block.ls1, "init_values", None),
     }
     args |= _attention(net) | _mlp(block.mlp) | _norm(block.norm1) | _rates(net) | _pool(net)
     return args | (_placed(net) if eva else _placed_by(position, ape, net))
@@ -138,10 +146,11 @@ def _mlp(mlp: Any) -> dict[str, Any]:
     hidden = mlp.fc2.in_features * (2 if isinstance(mlp, layers.GluMlp) else 1)
     width = mlp.fc2.out_features
     ratio = hidden / width
+    tanh = type(mlp.act) is nn.GELU and mlp.act.approximate == "tanh"
     return {
         "mlp_layer": names[type(mlp)],
         "mlp_ratio": ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
-        "act_layer": _named(mlp.act, ACTS, "an activation"),
+        "act_layer": "gelu_tanh" if tanh else _named(mlp.act, ACTS, "an activation"),
         "scale_mlp_norm": _there(mlp.norm),
     }
 
@@ -230,7 +239,7 @@ def _named(module: nn.Module, names: dict[type, str], what: str) -> str:
     return names[type(module)]
 
 
-def _make(source: Any, args: dict[str, Any], weights: Weights) -> RopeViT:
+def _make(source: Any, args: dict[str, Any], translated: Callable[[Weights, Any], Weights]) -> RopeViT:
     """A RopeViT with copies of translated weights; what is new in it (positions) keeps its initial values."""
     known = getattr(source, "pretrained_cfg", None) or {}
     overlay = {key: known[key] for key in PREPROCESSING if known.get(key) is not None}
@@ -241,7 +250,8 @@ def _make(source: Any, args: dict[str, Any], weights: Weights) -> RopeViT:
     for module in model.position.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    weights = {key: value.detach().clone() for key, value in move_table(weights, model).items()}
+    weights = move_table(translated(source.state_dict(), model), model)
+    weights = {key: value.detach().clone() for key, value in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     lost = [key for key in missing if not key.startswith("position.")] + unexpected
     if lost:

@@ -1,18 +1,19 @@
 """State dicts that others publish, with the names and shapes of a RopeViT's.
 
 `translate` knows them apart: timm's Eva and VisionTransformer, and what the authors of RoPE-ViT (arXiv:2403.13298),
-DINOv3 (arXiv:2508.10104), EVA-02, Perception Encoder and Sapiens2 publish themselves.
+DINOv3 (arXiv:2508.10104), EVA-02, Perception Encoder, Sapiens2, Qwen3 and DeepSeek publish themselves.
 """
 
 import math
 import re
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
-from timm.models import eva, vision_transformer
-from timm.models._input import get_pretrained_grid_size
+from timm.layers import to_2tuple
+from timm.models import deepseek_vit, eva, qwen3_vit, vision_transformer
 from torch import Tensor
 
 from .positions.absolute import Gate, Learned
@@ -77,6 +78,25 @@ def from_dinov3(state: Weights) -> Weights:
     return out
 
 
+def from_encoder(state: Weights, model: Any) -> Weights:
+    """timm's or their own Qwen3-ViT and DeepSeek-ViT, without projectors, which leave out what is only 0s or 1s.
+
+    Qwen3's table of a square grid is resampled as that model does, linearly between the cells at the borders.
+    """
+    theirs = SimpleNamespace(merger=None, aligner=None, patch_embed=model.patch_embed)
+    filters = qwen3_vit if any("pos_embed" in key for key in state) else deepseek_vit
+    out = filters.checkpoint_filter_fn_encoder(dict(state), cast(Any, theirs))
+    if any(key.startswith("encoder.") for key in state):  # else a head is that of a language model
+        out |= {key: value for key, value in state.items() if key.startswith("head.")}
+    if "pos_embed" in out:
+        side = math.isqrt(out["pos_embed"].shape[1])
+        out["pos_embed"] = qwen3_vit.resample_pos_embed_grid(out["pos_embed"], side, model.patch_embed.grid_size)
+    for key, like in model.state_dict().items():
+        if key not in out and re.search(r"\.mlp\..*bias$|^fc_norm\.", key):
+            out[key] = torch.full(like.shape, float(key == "fc_norm.weight"))
+    return out
+
+
 def move_table(weights: Weights, model: Any) -> Weights:
     """Weights whose learned table (1, prefix + N, C) the model does not have, with it where the model has one, or gone.
 
@@ -90,12 +110,19 @@ def move_table(weights: Weights, model: Any) -> Weights:
         if name in weights and tokens.shape == weights[name].shape:
             weights[name] = weights[name] + tokens
     cells = table[0, prefix:]
-    side = math.isqrt(len(cells))
-    grid = get_pretrained_grid_size(model, weights["patch_embed.proj.weight"], len(cells)) or (side, side)
+    grid = _grid(model, weights["patch_embed.proj.weight"].shape[2:], len(cells))
     for name, module in model.named_modules():
         if isinstance(module, Gate) and isinstance(module.scheme, Learned):
             weights[f"{name}.scheme.table"] = cells.unflatten(0, grid)
     return weights
+
+
+def _grid(model: Any, patch: Sequence[int], cells: int) -> tuple[int, ...]:
+    """The grid of a table of so many cells: that of the images that its weights are known to come from, or a square."""
+    known = getattr(model, "pretrained_model_args", {}).get("img_size")
+    image = to_2tuple(known or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-2:])
+    grid = tuple(n // p for n, p in zip(image, patch, strict=False))
+    return grid if math.prod(grid) == cells else (math.isqrt(cells),) * 2
 
 
 def by_timm(state: Weights, model: Any) -> Weights:
@@ -117,6 +144,10 @@ LAYOUTS: dict[str, tuple[str, Callable[[Weights, Any], Weights]]] = {  # the key
     "EVA-02's own": (
         r"(visual\.)?blocks\.0\.(mlp\.w1\.weight|attn\.rope\.freqs_cos)|visual\.(trunk\.)?blocks\.0\.attn\.q_proj\.weight",
         by_timm,
+    ),
+    "Qwen3's and DeepSeek's, timm's and their own": (
+        r"encoder\.blocks\..*|(vlm\.)?model\.visual\..*|vision\..*|merger\..*|aligner\..*",
+        from_encoder,
     ),
     "timm's Eva": (
         r"blocks\.0\.(gamma_1|attn\.q_bias|attn\.q_proj\.weight)|rope\.freqs",

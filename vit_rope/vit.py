@@ -64,8 +64,9 @@ class RopeViT(VisionTransformer):
     video.
 
     What rotary models of timm's other classes have, by their names there: `norm_eps`, `mlp_layer` as a name ("mlp",
-    "swiglu", "swiglu_packed"), keys and values of fewer heads (`num_kv_heads`, one for each layer or for all), and a
-    pool of its own size (`attn_pool_num_heads`, `attn_pool_mlp_ratio`, for global_pool="map").
+    "swiglu", "swiglu_packed"), keys and values of fewer heads (`num_kv_heads`, one for each layer or for all), a pool
+    of its own size (`attn_pool_num_heads`, `attn_pool_mlp_ratio`, for global_pool="map"), and norms before pooling and
+    after it (`final_norm="both"`).
 
     Raises ValueError where a spec, a size or a head dimension does not fit, before any weight is made.
     """
@@ -95,6 +96,7 @@ class RopeViT(VisionTransformer):
         norm_eps: float | None = None,
         mlp_layer: Any = "mlp",
         num_kv_heads: int | Sequence[int] | None = None,
+        final_norm: bool | Literal["both"] = True,
         attn_pool_num_heads: int | None = None,
         attn_pool_mlp_ratio: float | None = None,
         device: torch.device | str | None = None,
@@ -124,6 +126,10 @@ class RopeViT(VisionTransformer):
             layout, in_chans, image, patch, dynamic_img_pad, (position_shift, position_jitter, position_rescale)
         )
         scheme = build(position, layout)
+        if final_norm not in (True, False, "both"):
+            raise ValueError(f"final_norm is True, False or 'both', got {final_norm!r}")
+        if final_norm == "both":
+            kwargs["fc_norm"] = True
         if norm_eps is not None:
             norm_layer = partial(get_norm_layer(norm_layer) or LayerNorm, eps=norm_eps)
         if memory_tokens < 0:
@@ -149,11 +155,16 @@ class RopeViT(VisionTransformer):
             dynamic_img_pad=dynamic_img_pad,
             embed_layer=partial(PatchEmbed2d if axes == 2 else PatchEmbedNd, output_fmt="NHWC"),
             norm_layer=norm_layer,
+            final_norm=bool(final_norm),
             mlp_layer=MLPS[mlp_layer] if isinstance(mlp_layer, str) else mlp_layer,
             block_fn=cast(Any, partial(RopeBlock, num_kv_heads=_each_layer(num_kv_heads, depth))),
             device=device,
             **kwargs,
         )
+        if final_norm == "both":
+            self.norm = cast(Any, get_norm_layer(norm_layer) or LayerNorm)(
+                embed_dim, device=device, dtype=kwargs.get("dtype")
+            )
         if own_pool:
             self.attn_pool = AttentionPoolLatent(
                 embed_dim,
