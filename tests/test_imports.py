@@ -14,7 +14,7 @@ LAYERS = [
     {"positions"},
     {"attention"},
     {"patches", "memory", "block", "vit", "unet", "denoiser", "layouts"},
-    {"convert", "pretrained", "fold", "analysis", "certify", "sampling", "training"},
+    {"convert", "encoders", "pretrained", "fold", "analysis", "certify", "sampling", "training"},
     {"plots", "bench", "catalogue"},
     {"__main__"},
 ]
@@ -29,6 +29,7 @@ OUTSIDE = {  # packages that only these parts may import, and the parts that may
         "vit",
         "denoiser",
         "convert",
+        "encoders",
         "pretrained",
         "training",
         "bench",

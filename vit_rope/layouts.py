@@ -120,8 +120,8 @@ def move_table(weights: Weights, model: Any) -> Weights:
 def _grid(model: Any, patch: Sequence[int], cells: int) -> tuple[int, ...]:
     """The grid of a table of so many cells: that of the images that its weights are known to come from, or a square."""
     known = getattr(model, "pretrained_model_args", {}).get("img_size")
-    image = to_2tuple(known or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-2:])
-    grid = tuple(n // p for n, p in zip(image, patch, strict=False))
+    size = known or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-2:]
+    grid = tuple(n // p for n, p in zip(cast(Any, to_2tuple(size)), patch, strict=False))
     return grid if math.prod(grid) == cells else (math.isqrt(cells),) * 2
 
 
