@@ -103,3 +103,8 @@ def test_files_load_by_name(name, tmp_path):
     ours = timm.create_model("vit_rope_from_timm", **make, pretrained_cfg_overlay=overlay).eval()
     with torch.no_grad():
         assert difference(ours.forward_features(x), bare.forward_features(x).flatten(1, 2)) < 1e-5
+
+
+def test_norms_are_on_or_off_or_both():
+    with pytest.raises(ValueError, match="final_norm is True, False or 'both', got 'twice'"):
+        timm.create_model("vit_rope_test_patch16_64", final_norm="twice")

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models._hub import save_for_hf
 from timm.optim import param_groups_weight_decay
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracles
@@ -176,6 +178,17 @@ def test_pain_19_every_parameter_gets_a_gradient(spec):  # rotary-embedding-torc
     assert all(p.grad is not None for p in net.parameters())
 
 
+@pytest.mark.parametrize("spec", [*ROTARY, "learned"])
+def test_pain_20_another_device_after_a_call(spec):  # rotary-embedding-torch PR #48, transformers #33391
+    net = model(spec).eval()
+    net(images((64, 64)))
+    away = copy.deepcopy(net).to("meta")
+    assert away(images((64, 64)).to("meta")).device.type == "meta"
+    assert all(p.device.type == "meta" for p in away.parameters())
+    with torch.no_grad():
+        assert torch.equal(net(images((64, 64))), net(images((64, 64))))
+
+
 def test_pain_21_training_after_inference_mode():  # flash-attention PR #299
     net = model("mixed")
     with torch.inference_mode():
@@ -198,6 +211,48 @@ def test_pain_23_results_never_depend_on_earlier_calls():  # rotary-embedding-to
     assert not list(net.buffers())
 
 
+@pytest.mark.parametrize("spec", ROTARY)
+def test_pain_24_autocast_of_the_device_at_hand(spec):  # rotary-embedding-torch #46
+    scheme = build(spec, Layout(64, 2, (4, 4)))
+    places = grid((4, 4)) + 500
+    want = tables(scheme(places).q)[0].detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tables(scheme(places).q)[0].detach(), want)
+
+
+def test_pain_25_six_sizes_in_two_graphs():  # pytorch #150702, quack #150
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    net = torch.compile(model("axial", depth=1).eval(), backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size in ((64, 64), (96, 64), (64, 128), (80, 80), (112, 96), (48, 64)):
+            net(images(size))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("spec", ROTARY)
+def test_pain_26_a_compiled_rotation_is_the_same(spec):  # flash-attention #1680, eole #16
+    torch._dynamo.reset()
+    net = model(spec, depth=2).eval()
+    with torch.no_grad():
+        want = net(images((64, 96)))
+        torch.testing.assert_close(torch.compile(net, backend="aot_eager")(images((64, 96))), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ROTARY)
+def test_pain_27_28_a_dynamic_export_without_complex_numbers(spec):  # sam2 #186, onnx #6480; timm's DINOv3
+    net = model(spec).eval()
+    height, width = (16 * torch.export.Dim(name, min=2, max=32) for name in ("height", "width"))
+    shapes = {"x": {2: height, 3: width}}
+    exported = torch.export.export(net, (images((64, 96)),), dynamic_shapes=shapes)
+    values = [node.meta["val"] for node in exported.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert values
+    assert not any(value.is_complex() for value in values)
+    for size in ((64, 64), (96, 48), (128, 160)):
+        got, want = exported.module()(images(size)).detach(), net(images(size)).detach()
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
 def test_pain_29_no_float64_reaches_a_device():  # diffusers #9047
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -209,6 +264,18 @@ def test_pain_29_no_float64_reaches_a_device():  # diffusers #9047
         net, x = model(spec), images((64, 64))
         with Watch():
             net(x)
+
+
+@pytest.mark.parametrize("depth", [2, 8])
+def test_pain_31_one_table_a_forward(depth):  # torchtune PR #1973
+    net = timm.create_model(NAME, position="axial", depth=depth).eval()
+    made = []
+    net.position.register_forward_hook(lambda module, arguments, encoding: made.append(encoding))
+    with torch.no_grad():
+        net(images((64, 64)))
+    (table,) = made[0].q.turn
+    assert len(made) == 1
+    assert table.shape == (1, 16, 1, 16, 2)  # for all samples, heads and layers
 
 
 @pytest.mark.parametrize(("axes", "share"), [(1, (16,)), (2, (4, 10)), (3, (16, 24, 24)), (4, (2, 4, 6, 8))])
@@ -238,6 +305,30 @@ def test_pain_34_frequencies_of_each_head():  # flash-attention #578, rope-vit #
     net(images((64, 64))).square().sum().backward()
     assert net.position.freqs.shape == (4, 2, 2, 16)  # layers, heads, axes, pairs
     assert (net.position.freqs.grad.abs().amax(dim=(2, 3)) > 0).all()
+
+
+def test_pain_35_a_larger_grid_after_loading(tmp_path):  # RandAR #2, CineScale #7, LEDiT #2, EVA #52
+    net = model("mixed").eval()
+    learned = net.position.freqs.clone()
+    with torch.no_grad():
+        small = turn_of(net)
+        net.set_input_size((112, 64))  # 7 x 4 cells: rows reach twice as far, from the first cell to the last
+        net.set_position("interpolate(mixed, factor=(2, 1))")
+        large = turn_of(net, (7, 4))
+        want = net(images((112, 64)))
+    torch.testing.assert_close(large.unflatten(1, (7, 4))[:, ::2].flatten(1, 2), small, rtol=0, atol=1e-6)
+    assert torch.equal(net.position.freqs, learned)
+    save_for_hf(net, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(images((112, 64))), want)
+    for spec, message in (
+        ("axial", "learns nothing, but the model's positions learned"),
+        ("ntk(mixd)", "did you mean"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net.set_position(spec)
+        assert torch.equal(net(images((112, 64))).detach(), want)
 
 
 def test_pain_36_which_unit_are_positions_in():  # vggt-omega #35, dinov3
@@ -270,6 +361,17 @@ def test_pain_38_positions_of_ones_own():  # x-transformers #299
     assert (net(x, coords=between * 2) - net(x)).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("spec", ["commuting", "liere"])
+def test_pain_39_exponentials_of_generators(spec):  # rotary-embedding-torch #26
+    scheme = build(spec, Layout(64, 2, (4, 4)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        matrices = scheme(torch.cat((torch.zeros(1, 2), torch.rand(15, 2)))).q.basis[0].detach()
+    one = torch.eye(32).expand_as(matrices)
+    torch.testing.assert_close(matrices @ matrices.mT, one, rtol=0, atol=1e-5)
+    torch.testing.assert_close(matrices[:, 0], one[:, 0], rtol=0, atol=1e-6)
+    assert scheme.relative == (spec == "commuting")  # only where generators commute
+
+
 @pytest.mark.parametrize("spec", ["mixed", "learned", "gate(learned) + mixed"])
 def test_pain_40_positions_do_not_decay(spec):  # timm, ConvNets
     net = model(spec)
@@ -278,8 +380,19 @@ def test_pain_40_positions_do_not_decay(spec):  # timm, ConvNets
     assert all(id(p) in free for name, p in net.named_parameters() if name.startswith("position."))
 
 
+def test_pain_41_any_size_at_any_time():  # owl-wms #50
+    net = model("mixed + learned").eval()
+    before = {name for name, _ in net.named_buffers()}, len(list(net.modules())), sorted(vars(net.position))
+    with torch.no_grad():
+        first = net(images((64, 64)))
+        for size in ((256, 64), (64, 160), (32, 32)):
+            assert net(images(size)).isfinite().all()
+        assert torch.equal(net(images((64, 64))), first)
+    assert before == ({name for name, _ in net.named_buffers()}, len(list(net.modules())), sorted(vars(net.position)))
+
+
 def test_every_pain_here_says_where_it_was_felt():
     text = Path(__file__).read_text()
     found = re.findall(r"def test_pain_(\d\d)_\w+\([^)]*\):  # \w", text)
-    assert len(found) == len(re.findall(r"\ndef test_pain_", text)) > 25
+    assert len(found) == len(re.findall(r"\ndef test_pain_", text)) > 35
     assert found == sorted(found)

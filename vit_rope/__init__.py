@@ -4,7 +4,8 @@ A position scheme is a function of coordinates. Attention asks it what to do and
 """
 
 from . import pretrained  # registers models with timm, as does vit
+from .convert import from_timm, ropeify
 from .vit import RopeViT
 
 __version__ = "0.1.0"
-__all__ = ["RopeViT", "pretrained"]
+__all__ = ["RopeViT", "from_timm", "pretrained", "ropeify"]

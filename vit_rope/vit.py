@@ -211,6 +211,25 @@ class RopeViT(VisionTransformer):
         self.locate.patch = tuple(self.patch_embed.patch_size)
         self.locate.image = None if self.dynamic_img_size else tuple(self.patch_embed.img_size)
 
+    @torch.jit.ignore
+    def set_position(self, position: str) -> None:
+        """Take another spec that learns the same numbers: "ntk(mixed, factor=2)" for a model trained with "mixed".
+
+        What the positions have learned stays. Saved models remember the spec. Raises ValueError, and changes nothing,
+        for a spec that does not fit, or learns other parameters.
+        """
+        scheme, learned = build(position, cast(Layout, self.position.made_for)), self.position.state_dict()
+        wanted = {name: tuple(value.shape) for name, value in scheme.state_dict().items()}
+        if wanted != {name: tuple(value.shape) for name, value in learned.items()}:
+            raise ValueError(
+                f"{position!r} learns {sorted(wanted) or 'nothing'}, but the model's positions learned "
+                f"{sorted(learned) or 'nothing'}; create a model with it instead"
+            )
+        place = next(self.parameters()).device
+        scheme.to(place).load_state_dict(learned, assign=True)
+        self.position, self.each_layer = scheme.train(self.training), scheme.each_layer
+        self._model_args = dict(getattr(self, "_model_args", {}), position=position)  # as timm's set_input_size does
+
     def _embed(
         self, x: Tensor, coords: Tensor | None, memory: Tensor | None = None
     ) -> tuple[Tensor, Encoding, Tensor, list[int] | None]:
