@@ -64,13 +64,17 @@ PRESETS = {
         "axial(base=256, share=(16, 56, 56))", "diffusers HunyuanVideoRotaryPosEmbed; arXiv:2412.03603", 3
     ),
     "cogvideox": Preset(
-        "axial(base=10000, share=(16, 24, 24))", "diffusers get_3d_rotary_pos_embed; arXiv:2408.06072", 3
+        "axial(base=10000, share=(16, 24, 24))", "diffusers get_3d_rotary_pos_embed; arXiv:2408.06072", 3,
+        note="those of version 1.5; 1.0 gives a crop coordinates of its own",
     ),
     "cosmos": Preset(
         f'axial(base=({10000 * 2 ** (44 / 42)}, 10000, 10000), share=(44, 42, 42), pairs="half")',
         "diffusers CosmosRotaryPosEmbed; arXiv:2501.03575", 3, note="time counts in 1/24 s",
     ),
-    "lumina_next": Preset("alternate(axial(base=10000))", "diffusers get_2d_rotary_pos_embed_lumina; arXiv:2406.18583"),
+    "lumina_next": Preset(
+        "alternate(axial(base=10000))", "diffusers get_2d_rotary_pos_embed_lumina; arXiv:2406.18583",
+        note="its ntk_factor multiplies the base, its linear_factor is that of interpolate",
+    ),
     "hunyuan_dit": Preset(
         "xy(axial(base=10000))", "diffusers get_2d_rotary_pos_embed; arXiv:2405.08748",
         note="coordinates are those of the crop in a reference grid: give your own",
