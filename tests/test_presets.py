@@ -242,7 +242,8 @@ def test_every_preset_builds_and_says_where_it_comes_from(name):
     [
         ("xy(axial(learned=True))", "such as xy(axial), not Paced"),
         ("ladder(axial, first=0)", "ladder needs a positive first and last speed, got 0 and 100.0"),
-        ("ladder(goldengate, learned=True)", "a ladder learns the speeds of a scheme whose heads turn alike"),
+        ("ladder(goldengate, learned=True)", "a ladder learns the speeds of a scheme whose layers and heads turn"),
+        ("ladder(dinov3)", "ladder modifies axial and its kin, not DinoV3, which computes its own speeds"),
         ("ltx(base=0)", "ltx needs base > 0, an even head_dim and a width of 4 or more, got 0, 64 and 128"),
         ("span(axial, first=1)", "span needs a first and another last coordinate, got 1 for both"),
         ("goldengate(rounds=0)", "goldengate finds its ratio in 1 round or more, got 0"),

@@ -72,6 +72,10 @@ def ladder(
     """
     if min(first, last) <= 0:
         raise ValueError(f"ladder needs a positive first and last speed, got {first} and {last}")
+    if isinstance(scheme, Exact):
+        raise ValueError(
+            f"ladder modifies axial and its kin, not {type(scheme).__name__}, which computes its own speeds"
+        )
 
     def change(freqs: Tensor) -> Tensor:
         number, count = (freqs != 0).cumsum(-1) - 1, (freqs != 0).sum(-1, keepdim=True)
@@ -86,8 +90,10 @@ def ladder(
     scheme = _columns("ladder", layout, scheme, change)
     if not learned:
         return scheme
-    if len(scheme.initial[0]) > 1:
-        raise ValueError("a ladder learns the speeds of a scheme whose heads turn alike, such as ladder(axial)")
+    if scheme.initial.shape[:2] != (1, 1):
+        raise ValueError(
+            "a ladder learns the speeds of a scheme whose layers and heads turn alike, such as ladder(axial)"
+        )
     directions, speeds = F.normalize(scheme.initial[0, 0], dim=-2), scheme.initial.norm(dim=-2)
     return Paced(directions, speeds.expand(layout.depth, layout.heads, -1), scheme.pairs)
 
