@@ -262,6 +262,9 @@ def test_refusals(spec, message):
         build(spec, Layout(128, 2, SHAPE))
 
 
-def test_span_counts_cells():
-    with pytest.raises(ValueError, match=r"span counts cells: unit .index., origin 0, not 'centered' and 0"):
-        build("span(axial)", Layout(128, 2, SHAPE, unit="centered"))
+@pytest.mark.parametrize("places", [{"origin": "center"}, {"unit": "centered"}, {"unit": "centered_longer"}])
+def test_a_span_is_the_same_in_every_unit(places):
+    turns = []
+    for layout in (Layout(128, 2, (5, 4)), Layout(128, 2, (5, 4), **places)):
+        turns.append(tables(build("span(axial, last=3)", layout)(layout.coords(SHAPE), grid=list(SHAPE)).q)[0])
+    torch.testing.assert_close(*turns, rtol=0, atol=2e-6)

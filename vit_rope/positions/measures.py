@@ -73,20 +73,21 @@ class Reference(Measured):
 class Span(Measured):
     """A scheme that sees the cells of every axis evenly from `first` to `last`, at which the outermost cells are.
 
-    It wants coordinates that are cell indices; the caller's own are taken as cells of the training grid. With `grows`,
-    `last` is that of the training grid of N cells, and n cells end at last * n / N, as LieRE's do (arXiv:2406.10322).
-    Raises ValueError for another unit or origin, or where `first` is `last`.
+    With `grows`, `last` is that of the training grid of N cells, and n cells end at last * n / N, as LieRE's do
+    (arXiv:2406.10322). The caller's own coordinates are taken as places on the training grid. Raises ValueError where
+    `first` is `last`.
     """
 
     def __init__(
         self, layout: Layout, scheme: Position, first: float = -1.0, last: float = 1.0, grows: bool = False
     ) -> None:
         super().__init__(layout, scheme)
-        if layout.unit != "index" or layout.origin != 0.0:
-            raise ValueError(f'span counts cells: unit "index", origin 0, not {layout.unit!r} and {layout.origin!r}')
         if first == last:
             raise ValueError(f"span needs a first and another last coordinate, got {first} for both")
         self.first, self.last, self.grows, self.own = first, last, grows, layout.grid
+
+    def measure(self, coords: Tensor, grid: Sequence[int]) -> Tensor:
+        return super().measure(self.layout.cell(coords, grid), grid)
 
     def axis(self, cells: Tensor, a: int, n: Any) -> Tensor:
         last = self.last * n / self.layout.grid[a] if self.grows else self.last

@@ -117,20 +117,22 @@ def dealt(layout: Layout, base: float = 10000.0, blocks: bool = False, idle: int
 
 
 @register
-def ltx(layout: Layout, base: float = 10000.0) -> Rotary:
+def ltx(layout: Layout, base: float = 10.0) -> Rotary:
     """LTX-Video's RoPE (arXiv:2501.00103): one series over the width of all heads, in which axes alternate.
 
     Frequency j of P turns along each axis in turn, at base^(j / (P - 1)) * pi / 2 radians per unit. So each head has
-    speeds of its own; what does not divide stays un-rotated, in front. Raises ValueError where a head's channels are no
-    pairs, or the width is too small for its axes.
+    speeds of its own; what does not divide stays un-rotated, in front. LTX has base 10000, for coordinates in [-1, 1];
+    for cells that would be faster than float32 can tell. Raises ValueError where a head's channels are no pairs, or the
+    width is too small for its axes.
     """
-    count, axes = layout.width // (2 * layout.axes), layout.axes
+    axes, width = layout.axes, layout.heads * layout.head_dim
+    count = width // (2 * axes)
     if count == 0 or base <= 0 or layout.head_dim % 2:
         raise ValueError(
             f"ltx needs base > 0, an even head_dim and a width of {2 * axes} or more, got {base}, {layout.head_dim} "
-            f"and {layout.width}"
+            f"and {width}"
         )
     series = base ** torch.linspace(0.0, 1.0, count, dtype=torch.float32, device="cpu") * math.pi / 2
     freqs = torch.diag_embed(series[:, None].expand(-1, axes)).transpose(0, 1).flatten(1)
-    freqs = F.pad(freqs, (layout.width // 2 - count * axes, 0))
+    freqs = F.pad(freqs, (width // 2 - count * axes, 0))
     return Rotary(freqs.unflatten(1, (layout.heads, -1)).transpose(0, 1)[None])
