@@ -72,4 +72,4 @@ def test_a_trained_vit_is_as_good_again_with_rotary_positions(tmp_path):
     for curve in (keep, drop, gate):
         assert curve[-1] > before
     left = load_file(tmp_path / "gate" / "exported" / "model.safetensors")
-    assert left["position.parts.1.gate"] == 0  # the table has no say any more
+    assert left["position.parts.1.gate"] < 1e-6  # an average of weights, in which the table has no say any more
