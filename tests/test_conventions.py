@@ -130,7 +130,7 @@ def test_liere_is_exponentials_at_its_coordinates():
     generators = torch.einsum("na,ahsij->nhsij", places, upper - upper.mT)
     want = torch.einsum("nhsij,bhnsj->bhnsi", torch.matrix_exp(generators), q.unflatten(-1, (8, 8))).flatten(-2)
     basis = scheme(layout.coords((10, 7)), grid=[10, 7]).q.basis[0].detach().double()
-    got = torch.einsum("bnhij,bhni->bhnj", basis, q)
+    got = torch.einsum("bnhsij,bhnsi->bhnsj", basis, q.unflatten(-1, (8, 8))).flatten(-2)
     torch.testing.assert_close(got, want, rtol=0, atol=5e-5)  # exponentials of matrices of norm 60, in float32
     assert not scheme.relative
 
