@@ -1,6 +1,7 @@
 """What users of other rotary models complained of, one test each; the name says where (numbers as in their list).
 
-Those of training, of tables on other devices and of speed are tested where those live.
+That of ranks which hold other tables (09) is tested where processes are, that of numbers without a recipe (42) with
+the README.
 """
 
 import copy
@@ -72,6 +73,15 @@ def test_pain_05_positions_in_half_precision_are_refused():  # diffusers Flux
 def test_pain_06_what_comes_out_has_the_type_that_went_in(dtype):  # xformers #325, transformers #24261
     for spec in ROTARY:
         assert model(spec).to(dtype)(images((64, 64)).to(dtype)).dtype == dtype
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "ulp"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_pain_07_inductor_rotates_as_eager_does(dtype, ulp):  # torchtitan PR #2575
+    x = torch.randn(2, 2, 6, 16, dtype=dtype)
+    turn = tables(build("axial", Layout(32, 2, (2, 3)))(100 * grid((2, 3))).q)[0]
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(rotate)(x, turn), rotate(x, turn), rtol=ulp, atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", ROTARY)
@@ -267,7 +277,7 @@ def test_pain_29_no_float64_reaches_a_device():  # diffusers #9047
 
 
 @pytest.mark.parametrize("depth", [2, 8])
-def test_pain_31_one_table_a_forward(depth):  # torchtune PR #1973
+def test_pain_30_31_one_table_a_forward(depth):  # rope-vit #8, torchtune PR #1973
     net = timm.create_model(NAME, position="axial", depth=depth).eval()
     made = []
     net.position.register_forward_hook(lambda module, arguments, encoding: made.append(encoding))

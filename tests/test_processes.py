@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+from vit_rope import RopeViT
 from vit_rope.training.classification import Classification
 
 from .processes import finish, start
@@ -185,3 +188,54 @@ def test_checkpoint_in_parts_is_refused(config, tmp_path):
     with pytest.raises(ValueError, match="set save_distributed_checkpoint: false of the strategy"):
         run("--config", config, "--out", tmp_path / "r", f"--{strategy}")
     assert not (tmp_path / "r").exists()
+
+
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from vit_rope import RopeViT
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+mesh = dist.init_device_mesh("cpu", (2,))
+options = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=4, position="axial + mixed")
+with torch.device("meta" if rank else "cpu"):
+    net = RopeViT(**options).eval()
+if rank:
+    net.to_empty(device="cpu")
+net.load_state_dict(torch.load(f"{folder}/weights.pt", weights_only=True))
+for part in (*net.blocks, net):
+    fully_shard(part, mesh=mesh)
+with torch.no_grad():
+    torch.save(net(torch.load(f"{folder}/images.pt", weights_only=True)), f"{folder}/out{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_pain_09_ranks_hold_the_same_tables(tmp_path):  # lmms-engine PR #185
+    options = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 4}
+    net, images = RopeViT(**options, position="axial + mixed").eval(), torch.randn(3, 3, 16, 16)
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    torch.save(images, tmp_path / "images.pt")
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    running = [
+        subprocess.Popen(
+            [sys.executable, script, tmp_path, str(rank)],
+            env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1])),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        status, _, err = finish(process)
+        assert status == 0, err
+    with torch.no_grad():
+        want = net(images)
+    for rank in range(2):
+        out = torch.load(tmp_path / f"out{rank}.pt", weights_only=True)
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)

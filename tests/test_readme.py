@@ -1,5 +1,6 @@
 """What the README and CONTRIBUTING show, run as it stands there."""
 
+import csv
 import json
 import re
 import shlex
@@ -85,3 +86,18 @@ def test_the_main_job_reaches_its_score(tmp_path):
     assert summary["val/acc"] == pytest.approx(score, abs=5e-5)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any(row.get("val/acc") == pytest.approx(score, abs=5e-5) for row in rows)
+
+
+def test_pain_42_numbers_name_their_recipe():  # rope-vit #5, #21; timm #1361
+    rows = re.findall(r"^\| `(configs/\w+\.yaml)` \| (.*) \| ([0-9a-f]{7}) \|$", README, re.MULTILINE)
+    assert len(rows) >= 2
+    with Path(ROOT, "results", "classification.csv").open(newline="") as file:
+        known = list(csv.DictReader(file))
+    for config, text, commit in rows:
+        assert (ROOT / config).is_file()
+        runs = [row for row in known if row["config"] == config and row["commit"] == commit]
+        assert all(f"--config {config}" in row["command"] for row in runs)
+        reached = {round(float(row[key]), 3) for row in runs for key in ("val_acc", "test_acc")}
+        quoted = {float(number) for number in re.findall(r"0\.\d{3}|1\.000", text)}
+        assert quoted
+        assert quoted <= reached
