@@ -113,7 +113,7 @@ def plot_ratios(found: "Sequence[Ratio]", out: Path) -> Path:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=max(1, min(4, 120 // max(map(len, colours)))), frameon=False)
+    figure.legend(loc="outside lower center", ncols=max(1, min(4, 100 // max(map(len, colours)))), frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=80)
     return out
