@@ -138,12 +138,18 @@ def test_targets_and_weights_are_the_formulas(kind):
     torch.testing.assert_close(found, torch.minimum(snr, torch.tensor(gamma)) / published)
 
 
-def test_losses_are_the_squared_error_by_noise_level(monkeypatch):
+@pytest.mark.parametrize("size", [4000, 250, 3])
+def test_losses_are_the_squared_error_by_noise_level(monkeypatch, size):
+    """The same whatever the size of a batch: the next image is at the next level."""
     module = Diffusion("RopeDiT", TINY, num_classes=10, in_chans=1, img_size=8).eval()  # predicts zeros
     logged = {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value.item()}))
-    module.trainer = SimpleNamespace(global_rank=0)
-    module._score((torch.zeros(4000, 1, 8, 8), torch.zeros(4000).long()), 0, "val")
+    strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+    module.trainer = SimpleNamespace(global_rank=0, strategy=strategy, num_val_batches=[0])
+    module.on_validation_epoch_start()
+    for index, images in enumerate(torch.zeros(4000, 1, 8, 8).split(size)):
+        module.validation_step((images, torch.zeros(len(images)).long()), index)
+    module.on_validation_epoch_end()
     kept = module.noise.alphas_cumprod  # of black images, the velocity is the noise times the signal
     for level in range(10):
         wanted = kept[100 * level : 100 * (level + 1)].mean()

@@ -3,7 +3,7 @@
 import math
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,14 +110,26 @@ class Diffusion(Learner):
             errors = errors * snr_weight(self.noise, time, self.snr_gamma)
         return errors.mean()
 
+    def on_validation_epoch_start(self) -> None:
+        self.scores = torch.zeros(2, LEVELS, dtype=torch.float64)  # of each level the sum of errors, and their number
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._score(batch, batch_idx, "val")
+        self._score(batch, batch_idx)
         # here and not when validation ends, for by then a moving average has given way to the weights in training
         if batch_idx + 1 == self.trainer.num_val_batches[0] and not self.trainer.sanity_checking:
             self._draw()
 
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._score(batch, batch_idx, "test")
+        self._score(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
 
     def learning(self) -> nn.Module:
         return self
@@ -152,18 +164,25 @@ class Diffusion(Learner):
         target = make_target(self.noise, images, noise, time)
         return (prediction.float() - target).square().flatten(1).mean(dim=1)
 
-    def _score(self, batch: tuple[Tensor, Tensor], batch_idx: int, split: str) -> None:
+    def _score(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add up the errors of a batch; one image after another is seen at the next level, whatever a batch's size."""
         images, labels = self._check(batch, batch_idx)
-        steps, level = len(self.noise.betas), torch.arange(len(images), device=self.device) % LEVELS
+        steps, seen = len(self.noise.betas), int(self.scores[1].sum())
+        level = (torch.arange(len(images), device=self.device) + seen) % LEVELS
         generator = self._generator(0, 0, batch_idx, self.global_rank)
         noise = torch.randn(images.shape, generator=generator, device=self.device)
         within = torch.rand(len(images), generator=generator, device=self.device)
         errors = self._errors(images, noise, ((level + within) * steps / LEVELS).long(), labels)
-        for i in range(min(LEVELS, len(images))):
-            some = errors[i::LEVELS]
-            name = f"{split}/loss_t{i * steps // LEVELS:03}"
-            self.log(name, some.mean(), on_step=False, on_epoch=True, batch_size=len(some), sync_dist=True)
-        self.log(f"{split}/loss", errors.mean(), on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        found = torch.stack((errors, torch.ones_like(errors))).double().cpu()
+        self.scores.index_add_(1, level.cpu(), found)
+
+    def _log_scores(self, split: str) -> None:
+        totals = self.trainer.strategy.reduce(self.scores.to(self.device, torch.float32), reduce_op="sum")
+        errors, counts = cast(Tensor, totals).cpu()
+        for level in counts.nonzero()[:, 0].tolist():
+            name = f"{split}/loss_t{level * len(self.noise.betas) // LEVELS:03}"
+            self.log(name, errors[level] / counts[level], sync_dist=True)
+        self.log(f"{split}/loss", errors.sum() / counts.sum(), sync_dist=True)
 
     def _draw(self) -> None:
         """Every so many epochs, and after the last, a picture of samples into the run's folder."""
