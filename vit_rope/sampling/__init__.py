@@ -14,7 +14,7 @@ from .denoising import (
     to_image,
 )
 from .files import DTYPES, describe, load, save
-from .pictures import picture, to_bytes, write_gif
+from .pictures import picture, to_bytes, write_gif, write_png
 
 __all__ = [
     "DTYPES",
@@ -35,4 +35,5 @@ __all__ = [
     "to_bytes",
     "to_image",
     "write_gif",
+    "write_png",
 ]

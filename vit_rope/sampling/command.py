@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ..training.checkpoints import one_line
 from .denoising import SCHEDULERS, check_scheduler, sample_batches
 from .files import DTYPES, load
-from .pictures import image_of, picture, to_bytes, write_gif
+from .pictures import image_of, picture, to_bytes, write_gif, write_png
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -20,8 +21,15 @@ def main(args: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(args)
     try:
         run(options)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: torch, for devices and memory that are not there
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        print("stopped; images in --png-dir are whole, no other file was written", file=sys.stderr)
+        sys.exit(130)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -29,6 +37,8 @@ def run(options: argparse.Namespace) -> None:
     check_scheduler(options.scheduler)
     _check_free(options)
     trained = load(options.model, options.device, DTYPES[options.dtype], options.scaling, options.size)
+    if (channels := trained.unet.config.in_channels) not in (1, 3):
+        raise ValueError(f"the model makes images of {channels} channels; a picture has 1 or 3")
     console, frames = Console(stderr=True), list[Tensor]()
     columns = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(None), TimeRemainingColumn(), TextColumn("left"))
     with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
@@ -46,11 +56,10 @@ def run(options: argparse.Namespace) -> None:
                 options.png_dir.mkdir(parents=True, exist_ok=True)
                 first = options.seed if options.until is None else 0
                 for i, image in enumerate(to_bytes(images), start=first + sum(map(len, drawn))):
-                    image_of(image).save(options.png_dir / f"{i:06}.png")
+                    write_png(image_of(image), options.png_dir / f"{i:06}.png")
             drawn.append(images)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     columns = len(options.label or ())
-    picture(torch.cat(drawn), columns).save(options.out)
+    write_png(picture(torch.cat(drawn), columns), options.out)
     if options.gif:
         count = sum(len(frame) for frame in frames) // options.n  # of every tile, one after the other
         write_gif([torch.cat(frames[i::count]) for i in range(count)], options.gif, columns)
@@ -64,6 +73,9 @@ def _check_free(options: argparse.Namespace) -> None:
         taken = path and (any(path.iterdir()) if path.is_dir() else path.exists())
         if taken and not options.overwrite:
             raise ValueError(f"{path} exists; give --overwrite to replace it, or another name")
+        for place in (path, *path.parents) if path else ():
+            if place.exists() and not (place.is_dir() or (place == path and path != options.png_dir)):
+                raise ValueError(f"cannot write {path}: {place} is a file, not a folder; choose another name")
     for option, path, kind in (("--out", options.out, ".png"), ("--gif", options.gif, ".gif")):
         if path and path.suffix.lower() != kind:
             raise ValueError(f"{option} {path}: the name must end with {kind}")

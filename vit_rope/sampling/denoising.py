@@ -33,6 +33,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # by the names that sampl
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
 }
 
+KINDS = ("epsilon", "sample", "v_prediction")  # of predictions, by diffusers' names
+
 Watch = Callable[[float, Tensor], None]
 
 
@@ -265,6 +267,13 @@ def check(
             f"images of {size[0]} x {size[1]} do not divide by {factor}, which is how much this "
             f"{type(trained.unet).__name__} downsamples; take {near[0]} x {near[1]}"
         )
+    channels = (trained.unet.config.in_channels, trained.unet.config.out_channels or trained.unet.config.in_channels)
+    if channels[0] != channels[1]:
+        raise ValueError(f"the model makes {channels[1]} channels of {channels[0]}; sample wants as many as it sees")
+    if scheduler == "dpm++1s" and not trained.noise.alphas_cumprod[-1]:
+        raise ValueError("dpm++1s divides by what the last noise level leaves of an image, nothing here; take dpm++")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance is a finite number, got {guidance}")
     if labels and not trained.classes:
         raise ValueError(f"the model was trained without labels, so it cannot draw label {labels[0]}; leave it out")
     for label in labels or ():

@@ -12,7 +12,7 @@ import yaml
 
 from ..positions import coords
 from ..training import checkpoints
-from .denoising import Trained
+from .denoising import KINDS, Trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,7 +39,14 @@ def load(
             raise FileNotFoundError(f"{path} is neither a run nor a diffusers pipeline: none of {', '.join(places)}")
         path = found
     read = _pipeline if path.name == "model_index.json" else _checkpoint
-    trained = read(path, lambda config: {} if scaling is None else {"position": _scaled(config, scaling, size)})
+    try:
+        trained = read(path, lambda config: {} if scaling is None else {"position": _scaled(config, scaling, size)})
+        _check_facts(trained)
+    except Exception as error:  # what comes from elsewhere can hold anything, at which diffusers raises about anything
+        if type(error) in (ValueError, FileNotFoundError):
+            raise
+        why = f"{type(error).__name__}: {checkpoints.one_line(error)}"
+        raise ValueError(f"{path} is damaged, or of no denoiser that can be sampled ({why})") from error
     # not diffusers' own method, which warns of positions: they keep their precision by themselves
     return trained._replace(unet=torch.nn.Module.to(trained.unet, device, dtype).eval().requires_grad_(False))
 
@@ -112,9 +119,25 @@ def _pipeline(path: Path, changes: Callable[[dict[str, Any]], dict[str, Any]]) -
 
 
 def _noise(config: dict[str, Any]) -> Any:
+    """The schedule of a DDPM, by the config of any scheduler that shares its settings; ValueError for others."""
     import diffusers
 
+    name = config.get("_class_name", "DDPMScheduler")
+    if name not in diffusers.schedulers.KarrasDiffusionSchedulers.__members__:
+        raise ValueError(f"cannot sample by the schedule of a {name}: sample wants a model that was trained as a DDPM")
     return diffusers.DDPMScheduler.from_config(config)
+
+
+def _check_facts(trained: Trained) -> None:
+    """Raise a ValueError where what files say of a model's labels or predictions cannot be."""
+    kind, known = trained.noise.config.prediction_type, trained.unet.config.num_class_embeds or 0
+    if kind not in KINDS:
+        raise ValueError(f"the model predicts {kind!r}; sample knows {', '.join(KINDS)}")
+    labels = (trained.classes, 0 if trained.null_label is None else trained.null_label + 1)
+    if min(labels) < 0 or max(labels) > known:
+        raise ValueError(
+            f"the model embeds {known} labels, but is said to have {trained.classes}, and {trained.null_label} for any"
+        )
 
 
 def _model_class(name: str) -> Any:

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..training.saving import replacing
+
 
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [-1, 1] as bytes."""
@@ -39,10 +41,18 @@ def image_of(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array)
 
 
+def write_png(image: Image.Image, path: Path) -> None:
+    """A picture as a file that is whole or not there; OSError where the disk refuses."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        image.save(file, "PNG")
+
+
 def write_gif(frames: Sequence[Tensor], path: Path, columns: int = 0) -> None:
     """Up to 25 of the frames (B, C, H, W) in [-1, 1] as a film of some four seconds that rests on the last one."""
     chosen = sorted({round(i * (len(frames) - 1) / 24) for i in range(25)})  # noise compresses badly
     pictures = [picture(frames[i], columns) for i in chosen]
     times = [100] * (len(pictures) - 1) + [1500]
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    with replacing(path) as file:
+        pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)

@@ -195,8 +195,7 @@ class Diffusion(Learner):
             chosen = (self.sample_count, self.sample_steps, self.sample_scheduler, None, self._sample_labels())
             images = sampling.sample(self.trained, *chosen)  # by every process: sharded weights are gathered by all
             if trainer.is_global_zero:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                sampling.picture(images, self.classes).save(path)
+                sampling.write_png(sampling.picture(images, self.classes), path)
 
     def _sample_labels(self) -> list[int] | None:
         return list(range(self.classes)) or None

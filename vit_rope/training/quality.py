@@ -25,6 +25,7 @@ import vit_rope  # noqa: F401 - registers its models with timm
 
 from .. import sampling
 from . import checkpoints
+from .saving import replacing
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0"
 
@@ -141,6 +142,8 @@ def scores(
     value of real images, `…_real`.
     Raises ValueError or FileNotFoundError for what is no run of `Diffusion` with a configuration inside.
     """
+    if n < 2:
+        raise ValueError(f"a distance between distributions needs at least 2 samples, got n = {n}")
     if weights is not None and judge != "inception":
         raise ValueError("--weights are those of --judge inception; a run of a classifier has its own")
     jury = Inception(weights) if judge == "inception" else Judge(judge)
@@ -208,12 +211,16 @@ def main(args: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(args))
     out = options.pop("out")
     try:
+        if out and out.exists():
+            raise ValueError(f"{out} exists; give --out another name")
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
         found = scores(**options)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=2) + "\n")
+        if out:
+            with replacing(out) as file:
+                file.write((json.dumps(found, indent=2) + "\n").encode())
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {checkpoints.one_line(error)}")
     for name, value in found.items():
         print(f"{name} {value:.4g}")
 
