@@ -162,12 +162,14 @@ def test_validation_noise_is_the_same_each_time_and_leaves_training_alone(monkey
     shaken(module.model)
     found = []
     monkeypatch.setattr(module, "log", lambda name, value, **_: found.append(value.item()))
-    module.trainer = SimpleNamespace(global_rank=0)
+    strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+    module.trainer = SimpleNamespace(global_rank=0, strategy=strategy, num_val_batches=[0])
     batch = (torch.rand(12, 1, 8, 8), torch.zeros(12).long())
     before = torch.random.get_rng_state()
-    module._score(batch, 3, "val")
-    module._score(batch, 3, "val")
-    module._score(batch, 4, "val")
+    for index in (3, 3, 4):
+        module.on_validation_epoch_start()
+        module.validation_step(batch, index)
+        module.on_validation_epoch_end()
     assert torch.equal(before, torch.random.get_rng_state())
     assert found[:11] == found[11:22] != found[22:]
 
