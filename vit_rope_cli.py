@@ -31,11 +31,11 @@ HOMES = {  # modules whose main() takes the arguments after the verb, or with it
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run one verb; exits with status 2 and the list of verbs when there is no such verb."""
-    args = sys.argv[1:] if args is None else list(args)
-    verb = args[0] if args else "--help"
+    given = sys.argv[1:] if args is None else list(args)
+    verb = given[0] if given else "--help"
     if verb in VERBS:
         home = importlib.import_module(f"vit_rope.{HOMES[verb]}")
-        home.main(args if HOMES[verb] == "training.cli" else args[1:])
+        home.main(args if HOMES[verb] == "training.cli" else given[1:])  # which raises at a caller, not at a terminal
         return
     lines = [f"  {name:<10} {text}" for name, text in VERBS.items()]
     text = "\n".join(["usage: vit-rope VERB …", "", *lines, "", "vit-rope VERB --help tells each verb's options"])

@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+import vit_rope_cli
 from vit_rope.training import progress
 from vit_rope.training.callbacks import EMA
 from vit_rope.training.classification import Classification
@@ -267,11 +268,14 @@ def test_unknown_key_in_a_file(tmp_path, capsys):
     assert "trainr" in capsys.readouterr().err
 
 
-def test_our_errors_reach_the_terminal_as_one_line(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("door", [main, vit_rope_cli.main])
+def test_our_errors_reach_the_terminal_as_one_line(config, monkeypatch, door):
     monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", config, "--model.model", "nonsense"])
     with pytest.raises(SystemExit, match=r"^error: timm knows no model 'nonsense'") as caught:
-        main()
+        door()
     assert "\n" not in str(caught.value.code)
+    with pytest.raises(ValueError, match="timm knows no model 'nonsense'"):
+        door(sys.argv[1:])
 
 
 def test_a_taken_folder_is_refused_or_replaced(config, tmp_path):
