@@ -467,22 +467,54 @@ def test_one_pixel_is_an_image(folder, augment):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_images_are_left_out_and_counted(folder, workers, caplog):
-    (folder / "train" / "dog" / "2.png").write_bytes(b"")
+    (folder / "train" / "dog" / "3.png").write_bytes(b"")  # the last, whose neighbour is the first
     (folder / "train" / "cat" / "1.png").write_bytes(b"no image")
-    data = ImageFolder(str(folder), img_size=16, batch_size=8, workers=workers, on_error="skip")
+    (folder / "val" / "cat" / "0.png").write_bytes(b"")
+    options = {"img_size": 16, "workers": workers, "on_error": "skip"}
+    data = ImageFolder(str(folder), batch_size=8, augment="none", **options)
     batches = data.train_dataloader()
     images, labels = next(iter(batches))
-    assert images.shape == (6, 3, 16, 16)
-    assert labels.bincount().tolist() == [3, 3]
+    assert images.shape == (8, 3, 16, 16)
+    assert labels.bincount().tolist() == [5, 3]
     assert batches.dataset.dataset.skipped == 2
+    batches = data.val_dataloader()
+    assert [labels.tolist() for _, labels in batches] == [[0, 1, 1]]  # no score counts an image twice
+    assert batches.dataset.dataset.skipped == 1
     if not workers:
         assert "left out: cannot read the image" in caplog.text
-    for path in folder.rglob("train/*/*.png"):
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 8 images of a batch could be read"):
-        next(iter(ImageFolder(str(folder), img_size=16, batch_size=8, workers=0, on_error="skip").train_dataloader()))
     with pytest.raises(ValueError, match="on_error is stop or skip, got 'maybe'"):
         ImageFolder(str(folder), on_error="maybe")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_of_broken_images_alone(folder, workers):
+    for path in (folder / "train" / "dog" / "2.png", folder / "val" / "cat" / "1.png"):
+        path.write_bytes(b"")
+    data = ImageFolder(str(folder), img_size=16, batch_size=1, workers=workers, on_error="skip")
+    whole = list(data.train_dataloader())
+    assert len(whole) == 8
+    again = data.train_dataloader()
+    again.load_state_dict({"epoch": 0, "batches": 5})
+    for (images, labels), (same, _) in zip(list(again), whole[5:], strict=True):
+        assert torch.equal(images, same)
+        assert len(labels) == 1
+    batches, states = data.val_dataloader(), []
+    for _ in batches:
+        states.append(batches.state_dict()["batches"])
+    assert states == [1, 3, 4]  # what is left out was drawn all the same
+
+
+def test_files_that_are_no_images_at_all(folder, monkeypatch):
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"")
+    data = ImageFolder(str(folder), img_size=16, batch_size=2, workers=0, on_error="skip")
+    with pytest.raises(ValueError, match=r"^none of 8 images in a row could be read; the last: .*png"):
+        next(iter(data.train_dataloader()))
+    with pytest.raises(ValueError, match=r"none of the images of 2 batches could be read; are these images at all\?"):
+        list(data.val_dataloader())
+    monkeypatch.setattr("vit_rope.training.images.TRIES", 3)
+    with pytest.raises(ValueError, match="none of 3 images in a row"):
+        next(iter(data.train_dataloader()))
 
 
 def test_names_that_are_no_utf8(folder):
@@ -559,7 +591,7 @@ def test_broken_image_in_a_tar_is_named(tars):
     options = {"root": str(tars), "img_size": 16, "batch_size": 8, "workers": 0}
     with pytest.raises(ValueError, match=r"cannot read the image train/dog/2\.png"):
         next(iter(TimmData(2, **options).train_dataloader()))
-    assert len(next(iter(TimmData(2, **options, on_error="skip").train_dataloader()))[0]) == 7
+    assert len(next(iter(TimmData(2, **options, on_error="skip").train_dataloader()))[0]) == 8
 
 
 @timms_files

@@ -195,7 +195,10 @@ class Images(Dataset[Any]):
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that can go on within an epoch: its state says how many batches of which epoch were drawn."""
+    """A DataLoader that can go on within an epoch: its state says how many batches of which epoch were drawn.
+
+    A batch that is None, for none of its images could be read, is drawn but left out. Raises ValueError where all are.
+    """
 
     drawn: tuple[int, int] = (-1, 0)  # epoch, batches
     resumed: tuple[int, int] = (-1, 0)
@@ -208,9 +211,17 @@ class Loader(DataLoader[Any]):
             self.sampler.start = skip * (self.batch_size or 1)
         elif hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)  # a stream of timm's
+        number, given = skip, 0
         for number, batch in enumerate(super().__iter__(), start=skip + 1):
             self.drawn = (epoch, number)
-            yield batch
+            if batch is not None:
+                given += 1
+                yield batch
+        if number > skip and not given:
+            raise ValueError(
+                f"none of the images of {number - skip} batches could be read; are these images at all? "
+                "Mend them, or take them out of the set"
+            )
         self.resumed = (-1, 0)
 
     def state_dict(self) -> dict[str, int]:

@@ -81,7 +81,8 @@ class FromFiles(LightningDataModule):
         return self._loader("test", self.eval_transform)
 
     def _loader(self, split: str, transform: v2.Transform, repeats: int = 1) -> DataLoader[Any]:
-        files = Files(self.source(split), self.num_classes, transform, self.max_pixels, self.on_error)
+        source, replace = self.source(split), split == "train"  # where all processes want batches, of one size
+        files = Files(source, self.num_classes, transform, self.max_pixels, self.on_error, replace)
         return loader(files, split, self.batch_size, self.workers, self.trainer, repeats, collate_fn=readable)
 
 
@@ -102,7 +103,8 @@ class ImageFolder(FromFiles):
         repeats: how often an epoch brings each of the images it brings (repeated augmentation)
         mean: of pixels in [0, 1], for each channel
         std: of pixels in [0, 1], for each channel
-        on_error: what an image that cannot be read does: stop the run, or be left out and counted (skip)
+        on_error: what an image that cannot be read does: stop the run, or be left out and counted (skip), where in
+            training the next one takes its place
         max_pixels: the most that an image may have, or would have at a shorter side of 256
     """
 

@@ -16,6 +16,7 @@ from .checkpoints import one_line
 
 OnError = Literal["stop", "skip"]
 MAX_PIXELS = 2**26  # of 8192 x 8192; Pillow's own limit is a little above
+TRIES = 50  # so many broken files one after the other are no accident
 log = logging.getLogger(__name__)
 
 
@@ -23,12 +24,22 @@ class Files(Dataset[Any]):
     """Image files as (transformed image, class number); a broken file is named.
 
     `source[index]` gives a path, or an open file, and a class number below `classes`. With `on_error` skip a broken
-    file gives None, which `readable` leaves out of a batch, and `skipped` counts them.
+    file gives the next one that can be read where `replace` is set, so that batches keep their size, or else None,
+    which `readable` leaves out of a batch; `skipped` counts them. Raises ValueError for a broken file with `on_error`
+    stop, for a label that is no class, and where `TRIES` files, or all, cannot be read one after the other.
     """
 
-    def __init__(self, source: Any, classes: int, transform: v2.Transform, max_pixels: int, on_error: OnError = "stop"):
+    def __init__(
+        self,
+        source: Any,
+        classes: int,
+        transform: v2.Transform,
+        max_pixels: int,
+        on_error: OnError = "stop",
+        replace: bool = False,
+    ):
         self.source, self.classes, self.transform = source, classes, transform
-        self.max_pixels, self.on_error = max_pixels, on_error
+        self.max_pixels, self.on_error, self.replace = max_pixels, on_error, replace
         self.counter = multiprocessing.Value("q", 0)  # of all workers
 
     @property
@@ -39,20 +50,28 @@ class Files(Dataset[Any]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
-        file, label = self.source[index]
-        name = file if isinstance(file, Path) else self.source.filename(index)
-        if not 0 <= int(label) < self.classes:
-            raise ValueError(f"the label of {shown(name)} is {label}, but num_classes is {self.classes}")
-        try:
-            image = read_image(file, self.max_pixels, name)
-        except ValueError as error:
-            if self.on_error == "stop":
-                raise
-            with self.counter.get_lock():
-                self.counter.value += 1
-            log.warning("left out: %s", error)
-            return None
-        return self.transform(image), int(label)
+        tries = min(TRIES, len(self)) if self.replace else 1
+        for near in range(index, index + tries):  # mostly one
+            file, label = self.source[near % len(self)]
+            name = file if isinstance(file, Path) else self.source.filename(near % len(self))
+            if not 0 <= int(label) < self.classes:
+                raise ValueError(f"the label of {shown(name)} is {label}, but num_classes is {self.classes}")
+            try:
+                image = read_image(file, self.max_pixels, name)
+            except ValueError as error:
+                if self.on_error == "stop":
+                    raise
+                self._leave_out(error)
+                if self.replace and near == index + tries - 1:
+                    raise ValueError(f"none of {tries} images in a row could be read; the last: {error}") from error
+            else:
+                return self.transform(image), int(label)
+        return None
+
+    def _leave_out(self, error: ValueError) -> None:
+        with self.counter.get_lock():
+            self.counter.value += 1
+        log.warning("left out: %s", error)
 
 
 def read_image(source: Any, max_pixels: int, name: Any = None) -> Image.Image:
@@ -87,11 +106,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def readable(samples: list[tuple[Tensor, int] | None]) -> Any:
-    """The batch of those samples that could be read; ValueError where none could."""
+    """The batch of those samples that could be read, or None where none could."""
     found = [sample for sample in samples if sample is not None]
-    if not found:
-        raise ValueError(f"none of the {len(samples)} images of a batch could be read; are these images at all?")
-    return default_collate(found)
+    return default_collate(found) if found else None
 
 
 def shown(path: Any) -> str:
