@@ -3,8 +3,10 @@
 import gzip
 import importlib.util
 import io
+import multiprocessing
 import os
 import re
+import signal
 import struct
 import tarfile
 import zlib
@@ -292,6 +294,26 @@ def test_cifar(monkeypatch, tmp_path, classes):
     assert (images[:, 0, 1, 2] == 1).all()
     assert images.sum() == -images.numel() + 20
     assert data.num_classes == classes
+
+
+def test_signals_to_workers_leave_the_end_to_the_process_they_work_for():
+    """As a terminal sends them at Ctrl-C, and a scheduler before it ends a job: to all processes."""
+    data = Digits(batch_size=200, workers=1)
+    data.setup()
+    whole, found = list(data.train_dataloader()), []
+    before = set(multiprocessing.active_children())
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(0)
+    for batch in loader:
+        found.append(batch)
+        (worker,) = set(multiprocessing.active_children()) - before
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.pid, number)
+    assert len(found) == 6
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(whole, found, strict=True))
+    del loader
+    worker.join(5)
+    assert worker.exitcode == 0
 
 
 # Image folders

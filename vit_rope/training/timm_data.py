@@ -8,7 +8,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import v2
 
-from .batches import Loader
+from .batches import Loader, begin_worker
 from .data import Strength
 from .folder import FromFiles
 from .images import MAX_PIXELS, OnError, shown
@@ -83,7 +83,8 @@ class TimmData(FromFiles):
         stream: Any = source
         stream.transform = transform
         stream.set_loader_cfg(num_workers=self.workers)
-        return Loader(dataset=stream, batch_size=self.batch_size, num_workers=self.workers, drop_last=split == "train")
+        options: dict[str, Any] = {"drop_last": split == "train", "worker_init_fn": begin_worker}
+        return Loader(dataset=stream, batch_size=self.batch_size, num_workers=self.workers, **options)
 
 
 def check_names(reader: Any) -> None:
