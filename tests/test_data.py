@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import io
+import math
 import multiprocessing
 import os
 import re
@@ -393,6 +394,10 @@ def test_wrong_options(folder):
         Digits(augment="much")
     with pytest.raises(ValueError, match="0 < crop <= 1"):
         ImageFolder(str(folder), crop=2)
+    with pytest.raises(ValueError, match=r"mean and std are 3 numbers each, std above 0, got .* and \(0, 0, 0\)"):
+        ImageFolder(str(folder), std=[0, 0, 0])
+    with pytest.raises(ValueError, match=r"mean and std are 3 numbers each, std above 0, got \(nan, 0, 0\) and"):
+        ImageFolder(str(folder), mean=(math.nan, 0, 0))
     with pytest.raises(ValueError, match="batch_size >= 1 and workers >= 0, got 8 and -1"):
         Digits(batch_size=8, workers=-1)
 

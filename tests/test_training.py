@@ -18,12 +18,13 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 import vit_rope_cli
 from vit_rope.training import progress
 from vit_rope.training.callbacks import EMA
 from vit_rope.training.classification import Classification
-from vit_rope.training.cli import main, quieten
+from vit_rope.training.cli import main, message, quieten, says_all
 from vit_rope.training.logger import MetricsLogger
 from vit_rope.training.optim import OptimConfig, ScheduleConfig, make_optimizer, make_schedule, schedule_curve
 
@@ -276,6 +277,29 @@ def test_our_errors_reach_the_terminal_as_one_line(config, monkeypatch, door):
     assert "\n" not in str(caught.value.code)
     with pytest.raises(ValueError, match="timm knows no model 'nonsense'"):
         door(sys.argv[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_reaches_the_terminal_as_one_line(config, tmp_path, monkeypatch, workers):
+    for path in (tmp_path / split / name / "0.png" for split in ("train", "val") for name in "ab"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"broken")
+    read = ["--data", "ImageFolder", "--data.root", str(tmp_path), "--data.img_size", "8", "--data.batch_size", "2"]
+    options = [*read, "--data.workers", str(workers), "--out", str(tmp_path / "r")]
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", config, *options])
+    with pytest.raises(SystemExit, match=r"^error: cannot read the image .*0\.png: cannot identify") as caught:
+        main()
+    assert "\n" not in str(caught.value.code)
+
+
+def test_an_error_of_the_users_own_code_in_a_worker_keeps_its_traceback():
+    def _run_stage():  # as Lightning calls it, once settings are behind it
+        list(DataLoader(["x"], num_workers=1, collate_fn=lambda samples: float(samples[0])))
+
+    with pytest.raises(ValueError, match="could not convert string to float") as caught:
+        _run_stage()
+    assert message(caught.value) == "could not convert string to float: 'x'"
+    assert not says_all(caught.value)
 
 
 def test_a_taken_folder_is_refused_or_replaced(config, tmp_path):

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -163,14 +164,28 @@ def main(args: list[str] | None = None) -> None:
             if args is not None or not says_all(error):
                 raise
             rank = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
-            sys.exit(f"error{rank}: {checkpoints.one_line(error)}")
+            sys.exit(f"error{rank}: {message(error)}")
 
 
 def says_all(error: Exception) -> bool:
     """Whether a traceback would only hide the message: an error of this library, or of settings, before any step."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+    places = re.findall(r'^ *File "(.+)", line \d+', str(error), re.MULTILINE) if of_worker(error) else []
+    last = places[-1] if places else frames[-1].filename
+    ours = Path(last).is_relative_to(Path(__file__).parents[1])
     return ours or all(frame.name != "_run_stage" for frame in frames)
+
+
+def of_worker(error: Exception) -> bool:
+    """Whether it is what torch makes of an error in a worker of a DataLoader: its traceback as text."""
+    return re.match(r"Caught \w+ in DataLoader worker process", str(error)) is not None
+
+
+def message(error: Exception) -> str:
+    """What an error says, in one line, which in the text of a traceback stands last, after the name of its class."""
+    if of_worker(error):
+        return str(error).strip().splitlines()[-1].partition(": ")[2]
+    return checkpoints.one_line(error)
 
 
 def take_imports(argv: list[str]) -> tuple[list[str], list[str]]:

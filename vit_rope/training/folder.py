@@ -1,5 +1,6 @@
 """Images in folders, one folder a class, as ImageNet comes."""
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,8 @@ class FromFiles(LightningDataModule):
             raise ValueError(f"on_error is stop or skip, got {on_error!r}")
         if not 0 < max_pixels <= (Image.MAX_IMAGE_PIXELS or max_pixels):
             raise ValueError(f"max_pixels is above 0 and at most Pillow's {Image.MAX_IMAGE_PIXELS}, got {max_pixels}")
+        if not (len(mean) == len(std) == 3 and all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
+            raise ValueError(f"mean and std are 3 numbers each, std above 0, got {tuple(mean)} and {tuple(std)}")
         self.img_size, self.batch_size, self.workers = img_size, batch_size, workers
         self.repeats, self.mean, self.std = repeats, mean, std
         self.on_error: OnError = on_error
