@@ -26,6 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
     UNet3DConditionModel,
+    UNetSpatioTemporalConditionModel,
     UniPCMultistepScheduler,
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
@@ -659,8 +660,35 @@ def test_a_unet_without_self_attention():
         "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
         "attention_head_dim": 8,
     }
-    with pytest.raises(ValueError, match="this UNet2DConditionModel has no self-attention"):
+    with pytest.raises(ValueError, match=r"positions do not reach down_blocks.0.attentions.0 of this UNet2DConditionM"):
         add_positions(text(**joined), "axial")
+    only = joined | {"only_cross_attention": True, "mid_block_only_cross_attention": True}
+    with pytest.raises(
+        ValueError, match=r"this UNet2DConditionModel has no self-attention over a feature map that pos"
+    ):
+        add_positions(text(**only), "axial")
+
+
+@pytest.mark.parametrize(
+    ("down", "first"),
+    [
+        (("CrossAttnDownBlock2D", "KCrossAttnDownBlock2D"), "down_blocks.1.attentions.0.attn1"),
+        (("KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"), "down_blocks.1.attentions.0.attn1"),
+        (("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"), f"down_blocks.0{SELF}"),
+    ],
+)
+def test_self_attention_of_another_kind_is_refused(down, first):
+    up = tuple(name.replace("Down", "Up") for name in reversed(down))
+    if "SpatioTemporal" in down[0]:
+        blocks = {"down_block_types": down, "up_block_types": up, "block_out_channels": (32, 64)}
+        heads = {"num_attention_heads": (2, 4), "cross_attention_dim": 12}
+        model = UNetSpatioTemporalConditionModel(16, layers_per_block=1, **blocks, **heads)
+    else:
+        model = text(down_block_types=down, up_block_types=up, mid_block_type=None)
+    with pytest.raises(ValueError, match=rf"^positions do not reach {first} of this UNet.*; choose block types that"):
+        add_positions(model, "axial")
+    assert "position" not in model.config
+    assert not [module for module in model.modules() if hasattr(module, "layout")]
 
 
 def test_a_head_that_the_scheme_cannot_use():

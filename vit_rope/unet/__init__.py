@@ -49,7 +49,7 @@ def add_positions(
     them linear, as `attention.attend_linear` has it, which is another function than the softmax of a trained U-Net.
 
     Raises TypeError for another model and ValueError where it has positions already or no self-attention over maps, or
-    where an attention cannot take the scheme; the U-Net is then as it was.
+    where an attention cannot take the scheme or is of a kind that has no place; the U-Net is then as it was.
     """
     if _is_lucidrains(unet):
         from . import lucidrains
@@ -119,6 +119,25 @@ def _attentions(unet: nn.Module) -> Iterator[tuple[str, Attention, Transformer2D
                         yield f"{name}.transformer_blocks.{i}.{part}", attention, module
 
 
+def _check_reached(unet: nn.Module, reached: set[str]) -> None:
+    """Raise ValueError where no attention is `reached`, or not all that have keys from a map."""
+    remedy = "choose block types that have it as AttnDownBlock2D and CrossAttnDownBlock2D do"
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention) and name not in reached:
+            over_map = re.match(
+                r"(down_blocks|mid_block|up_blocks)\.(?!.*(temp|motion|fuser))", name
+            )  # not time, boxes
+            joined = module.added_kv_proj_dim is not None and not module.only_cross_attention
+            if over_map and (joined or not module.is_cross_attention):
+                what = f"{name} of this {_name(unet)}, which is self-attention of another kind"
+                raise ValueError(f"positions do not reach {what}; {remedy}")
+    if not reached:
+        raise ValueError(
+            f"this {_name(unet)} has no self-attention over a feature map that positions reach, so there is nothing to "
+            f"place; {remedy}"
+        )
+
+
 def _halvings(unet: Any) -> list[bool]:
     return [getattr(block, "downsamplers", None) is not None for block in unet.down_blocks]
 
@@ -134,10 +153,12 @@ def _level(unet: nn.Module, name: str) -> int:
 
 def _install(unet: Any, spec: str, unit: str, origin: Origin, kind: Kind) -> None:
     """Place every self-attention, all or none, and write so into the config."""
+    found = list(_attentions(unet))
+    _check_reached(unet, {name for name, _, _ in found})
     if unet.config.get("sample_size") is None:
         raise ValueError(f"{_SAMPLE_SIZE}; it is None")
     size, plan, hosts = pixels(unet.config.sample_size), [], set()
-    for name, attention, host in _attentions(unet):
+    for name, attention, host in found:
         if type(attention) is not Attention or type(attention.processor) is not AttnProcessor2_0:
             raise ValueError(
                 f"{name} computes attention its own way, by {_name(attention.processor)}, which positions would "
@@ -149,11 +170,6 @@ def _install(unet: Any, spec: str, unit: str, origin: Origin, kind: Kind) -> Non
         remedy = f"attention_head_dim in the U-Net's config sets the {what} here"
         plan.append((attention, layout, build_at(name, level, spec, layout, remedy, kind)))
         hosts.add(host)
-    if not plan:
-        raise ValueError(
-            f"this {_name(unet)} has no self-attention over a feature map, so there is nothing to place; "
-            f"choose block types that have it, such as AttnDownBlock2D or CrossAttnDownBlock2D"
-        )
     for attention, layout, position in plan:
         attention.__class__ = PlacedAttention
         attention.layout, attention.position = layout, position
