@@ -370,6 +370,10 @@ def test_other_unets_get_a_class_of_their_own(tmp_path):
     assert isinstance(model, Mine)
     model.save_pretrained(tmp_path)
     assert torch.equal(call(unets.rope_class(Mine).from_pretrained(tmp_path)), call(model))
+    DDPMPipeline(model, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    again = DDPMPipeline.from_pretrained(tmp_path / "pipeline").unet
+    assert type(again) is type(model)
+    assert torch.equal(call(again), call(model))
     assert unets.RopeUNet3DConditionModel is unets.rope_class(UNet3DConditionModel)
     assert unets.rope_class(UNet2DModel) is RopeUNet2DModel
     with pytest.raises(AttributeError, match="no attribute 'RopeNothing'"):

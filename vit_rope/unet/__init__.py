@@ -311,7 +311,19 @@ def rope_class(stock: type) -> type:
 
 
 def __getattr__(name: str) -> type:  # how a saved pipeline, or a pickle, finds the classes that were not written out
-    stock = getattr(diffusers, name.removeprefix("Rope"), None) if name.startswith("Rope") else None
-    if not (isinstance(stock, type) and issubclass(stock, ModelMixin)):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    stock = _called(name.removeprefix("Rope")) if name.startswith("Rope") else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, or its class is yet to be imported")
     return rope_class(stock)
+
+
+def _called(name: str) -> type | None:
+    """The model of diffusers of this name, or else one of the user's own, made of it and imported by now."""
+    stock = getattr(diffusers, name, None)
+    if isinstance(stock, type) and issubclass(stock, ModelMixin):
+        return stock
+    below: list[type] = [ModelMixin]
+    for cls in below:  # which grows
+        below += cls.__subclasses__()
+    own = [cls for cls in below if cls.__name__ == name and not issubclass(cls, RopeMixin)]
+    return own[-1] if own else None
