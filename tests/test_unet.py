@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -26,6 +27,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
     UNet3DConditionModel,
+    UNetMotionModel,
     UNetSpatioTemporalConditionModel,
     UniPCMultistepScheduler,
 )
@@ -378,6 +380,18 @@ def test_other_unets_get_a_class_of_their_own(tmp_path):
     assert unets.rope_class(UNet2DModel) is RopeUNet2DModel
     with pytest.raises(AttributeError, match="no attribute 'RopeNothing'"):
         unets.RopeNothing  # noqa: B018
+
+
+@pytest.mark.parametrize(("cls", "take"), [(ControlNetModel, "from_unet"), (UNetMotionModel, "from_unet2d")])
+def test_whoever_takes_weights_over_is_told_that_positions_stay_behind(cls, take):
+    both = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+    model = text(**both)
+    getattr(cls, take)(model)
+    add_positions(model, "axial(base=10)")
+    nn.ModuleDict({"model": model}).state_dict()  # a part of something larger, but whole
+    with pytest.warns(UserWarning, match="read without its positions; .* call add_positions on that one too"):
+        taken = getattr(cls, take)(model)
+    assert not any(hasattr(module, "layout") for module in taken.modules())
 
 
 def test_whatever_would_replace_the_processor_raises():

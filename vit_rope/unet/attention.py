@@ -5,6 +5,8 @@ here replacing it is an error, for it would drop the positions without a word. A
 attention sees it, so it hands the grid on with the tokens.
 """
 
+import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +105,15 @@ class PlacedAttention(Attention):
 
     def fuse_projections(self, fuse: bool = True) -> None:
         raise ValueError("attention with positions cannot fuse its projections; call remove_positions first")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if prefix and not re.search(r"(down_blocks|mid_block|up_blocks)\.", prefix):  # asked of some part of the U-Net
+            warnings.warn(
+                "the weights of a part of a U-Net are read without its positions; where another model takes them over, "
+                "such as by from_unet or from_unet2d, call add_positions on that one too",
+                stacklevel=2,
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _check(self, processor: Any) -> None:
         if type(processor) is not PositionProcessor:
