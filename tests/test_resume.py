@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,7 @@ def test_resumed_within_an_epoch_with(configs, tmp_path, options, steps):
     assert checkpoint["global_step"] == steps
     scores = [row["val/loss"] for row in numbers(tmp_path / "r").values() if "val/loss" in row]
     assert scores[-1] == min(scores)
-    (best,) = [state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint")]
+    (best,) = [state for name, state in checkpoint["callbacks"].items() if name.startswith("BestCheckpoint")]
     assert best["best_model_score"] == pytest.approx(scores[-1], rel=1e-5)  # it knows of the validation at this step
     run(*args, "--out", tmp_path / "r", "--ckpt_path", "last")
     assert_same(tmp_path / "whole", tmp_path / "r")
@@ -165,6 +166,27 @@ def test_runs_counted_in_steps_can_be_prolonged_within_an_epoch(configs, tmp_pat
     assert last(tmp_path / "r")["global_step"] == 8
     run(*args, "--out", tmp_path / "r", "--trainer.max_steps", 15, "--ckpt_path", "last")
     assert_same(tmp_path / "whole", tmp_path / "r")
+
+
+def best_of(folder: Path) -> tuple[float, int]:
+    """The best score that the last checkpoint knows of, and the epoch of best.ckpt."""
+    (state,) = [state for name, state in last(folder)["callbacks"].items() if name.startswith("BestCheckpoint")]
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    return float(state["best_model_score"]), best["epoch"]
+
+
+def test_moved_run_keeps_its_best_checkpoint(configs, whole, tmp_path):
+    """A rate that ruins the weights lets every later epoch be worse."""
+    moved, ruin = tmp_path / "moved", ("--trainer.max_epochs", 5, "--model.optim.lr", 10, "--ema.decay", 0)
+    shutil.copytree(whole["denoiser"], moved)
+    before = best_of(moved)
+    run("--ckpt_path", moved, *ruin)
+    assert last(moved)["epoch"] == 4
+    assert best_of(moved) == before
+    assert json.loads((moved / "summary.json").read_text())["checkpoint"] == str(moved / "checkpoints" / "best.ckpt")
+    (moved / "checkpoints" / "best.ckpt").unlink()  # then the best is the best from here on
+    run("--ckpt_path", moved, "--trainer.max_epochs", 6)
+    assert best_of(moved)[1] == 5
 
 
 @pytest.mark.slow
