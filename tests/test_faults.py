@@ -123,6 +123,13 @@ def test_folder_that_takes_nothing_more(config, tmp_path, monkeypatch, trouble):
         assert last(out)["epoch"] == 0
 
 
+@pytest.mark.parametrize("option", [("save_top_k", 2), ("save_top_k", -1), ("filename", "m-{epoch}")])
+def test_best_checkpoint_is_one_of_one_name(config, tmp_path, option):
+    with pytest.raises(ValueError, match=rf"^a run keeps its best checkpoint as best\.ckpt.* got .*{option[1]}"):
+        run("--config", config, "--out", tmp_path / "r", f"--checkpoint.{option[0]}", option[1])
+    assert not (tmp_path / "r").exists()
+
+
 def test_folder_that_cannot_be_made(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"^could not write .*file/r: Not a directory$"):

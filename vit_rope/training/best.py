@@ -11,7 +11,16 @@ class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, keeping checkpoints/best.ckpt alone, also in a folder that was moved or copied.
 
     Lightning forgets the best score where the folder has another name than before, and overwrites a better checkpoint.
+    Raises ValueError for another `filename` and for other numbers of checkpoints, which nothing here would find again.
     """
+
+    def __init__(self, dirpath: str | None = None, filename: str = "best", save_top_k: int = 1, **kwargs: Any):
+        if save_top_k != 1 or filename != "best":
+            raise ValueError(
+                "a run keeps its best checkpoint as best.ckpt, and last.ckpt: leave out checkpoint.save_top_k and "
+                f"checkpoint.filename, got {save_top_k} and {filename!r} for 1 and 'best'"
+            )
+        super().__init__(dirpath=dirpath, filename=filename, save_top_k=save_top_k, **kwargs)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the files of the run that goes on to lie where its checkpoint does now, and what is gone for gone."""
