@@ -19,6 +19,7 @@ import yaml
 
 from vit_rope.training import saving
 from vit_rope.training.batches import loader
+from vit_rope.training.callbacks import EMA
 from vit_rope.training.classification import Classification
 from vit_rope.training.last import LastCheckpoint
 from vit_rope.training.logger import MetricsLogger
@@ -182,6 +183,26 @@ def test_two_runs_into_one_folder(config, tmp_path):
             other.kill()
     run("--config", config, "--out", out, "--trainer.max_epochs", 1)  # the lock went with its holder
     assert last(out)["epoch"] == 0
+
+
+def test_run_that_goes_on_does_not_remove_what_it_goes_on_with(config, tmp_path):
+    out = tmp_path / "r"
+    run("--config", config, "--out", out, "--trainer.max_epochs", 1)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(
+        ValueError, match=rf"^--overwrite true would remove {out}/checkpoints/last\.ckpt, .*leave out one$"
+    ):
+        run("--config", config, "--out", out, "--ckpt_path", "last", "--overwrite", "true")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_without_the_best_checkpoint_the_last_one_tells_how_it_went(config, tmp_path, monkeypatch):
+    out = tmp_path / "r"
+    best = out / "checkpoints" / "best.ckpt"
+    monkeypatch.setattr(EMA, "on_train_end", lambda *_: best.unlink(), raising=False)
+    run("--config", config, "--out", out, "--trainer.max_epochs", 1)
+    assert json.loads((out / "summary.json").read_text())["checkpoint"] == str(out / "checkpoints" / "last.ckpt")
+    assert (out / "exported" / "model.safetensors").is_file()
 
 
 def test_lock_keeps_others_out(tmp_path):

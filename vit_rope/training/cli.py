@@ -106,8 +106,8 @@ class CLI(LightningCLI):
         if issubclass(_class(config.model.class_path), Classification):
             check_name(config.model.init_args.model)
         first = getattr(rank_zero_only, "rank", 0) == 0
-        if first and self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
-            check_free(Path(config.out), config.ckpt_path)
+        if first and self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            check_free(Path(config.out), config.ckpt_path, config.overwrite)
 
     def instantiate_classes(self) -> None:
         try:

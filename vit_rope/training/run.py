@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from . import checkpoints
+from .best import BestCheckpoint
 from .saving import FolderLock, replacing, telling
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "summary.json", "checkpoints", "exported", "samples")
@@ -34,9 +34,10 @@ class RunFolder(SaveConfigCallback):
         with telling(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self.lock.take()
-            if self.config.overwrite:
+        check_free(folder, self.config.ckpt_path, self.config.overwrite)  # again, for a run that has ended since
+        if self.config.overwrite:
+            with telling(folder):
                 clear(folder)
-        check_free(folder, self.config.ckpt_path)  # again, for a run that has ended since
         write(folder / "config.yaml", self._dump())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -53,8 +54,9 @@ class RunFolder(SaveConfigCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         seconds = time.monotonic() - self.started
         best, folder = trainer.checkpoint_callback, Path(self.config.out)
-        path = Path(getattr(best, "best_model_path", "") or folder / "checkpoints" / "last.ckpt")
-        if not isinstance(best, ModelCheckpoint) or not path.is_file():
+        paths = [Path(getattr(best, "best_model_path", "")), folder / "checkpoints" / "last.ckpt"]
+        path = next((path for path in paths if path.is_file()), None)
+        if not isinstance(best, BestCheckpoint) or path is None:
             return
         checkpoint = checkpoints.read(path)
         pixels = {key: getattr(getattr(trainer, "datamodule", None), key, None) for key in ("mean", "std")}
@@ -102,10 +104,12 @@ def occupied(folder: Path) -> list[str]:
     return [name for name in RUN_FILES if (folder / name).exists()]
 
 
-def check_free(folder: Path, ckpt_path: str | None) -> None:
-    """Raise a ValueError where a folder holds a run that the one with this checkpoint does not go on with."""
+def check_free(folder: Path, ckpt_path: str | None, overwrite: bool = False) -> None:
+    """Raise a ValueError where a run would take a folder from another, or the checkpoint to go on with from itself."""
     resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
-    if not resumes and (found := occupied(folder)):
+    if resumes and overwrite:
+        raise ValueError(f"--overwrite true would remove {ckpt_path}, with which --ckpt_path goes on: leave out one")
+    if not resumes and not overwrite and (found := occupied(folder)):
         raise ValueError(
             f"{folder} already holds a run ({', '.join(found)}): go on with --ckpt_path last, "
             "replace it with --overwrite true, or choose another --out"
