@@ -21,6 +21,7 @@ from vit_rope.training import saving
 from vit_rope.training.batches import loader
 from vit_rope.training.callbacks import EMA
 from vit_rope.training.classification import Classification
+from vit_rope.training.cli import main
 from vit_rope.training.last import LastCheckpoint
 from vit_rope.training.logger import MetricsLogger
 from vit_rope.training.saving import AtomicIO, FolderLock, replacing
@@ -202,6 +203,24 @@ def test_without_the_best_checkpoint_the_last_one_tells_how_it_went(config, tmp_
     monkeypatch.setattr(EMA, "on_train_end", lambda *_: best.unlink(), raising=False)
     run("--config", config, "--out", out, "--trainer.max_epochs", 1)
     assert json.loads((out / "summary.json").read_text())["checkpoint"] == str(out / "checkpoints" / "last.ckpt")
+    assert (out / "exported" / "model.safetensors").is_file()
+
+
+def test_finished_run_is_left_as_it_is(config, tmp_path, capsys):
+    out = tmp_path / "r"
+    run("--config", config, "--out", out, "--trainer.max_epochs", 2)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    for options in ((), ("--trainer.max_epochs", 1), ("--out", tmp_path / "other")):
+        main(["fit", "--ckpt_path", str(out), *map(str, options)])
+        told = [line for line in capsys.readouterr().err.splitlines() if "had finished" in line]
+        assert len(told) == 1, told
+        assert re.search(r"last\.ckpt had finished at epoch 2, step 12: .*; raise --trainer\.max_epochs", told[0])
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "other").exists()
+    (out / "summary.json").unlink()  # as after a kill while it exported: what was missing is made
+    shutil.rmtree(out / "exported")
+    run("--ckpt_path", out)
+    assert json.loads((out / "summary.json").read_text())["val/acc"] > 0
     assert (out / "exported" / "model.safetensors").is_file()
 
 

@@ -30,7 +30,7 @@ class BestCheckpoint(ModelCheckpoint):
         here = Path(trainer.ckpt_path).resolve().parent
         best = str(here / Path(state["best_model_path"]).name)
         if Path(best).is_file():
-            scores = {best: score for score in state["best_k_models"].values()}
+            scores = {best: state["best_model_score"]} if state["best_k_models"] else {}
             moved = {"dirpath": str(here), "best_k_models": scores, "kth_best_model_path": best if scores else ""}
             state |= moved | {"best_model_path": best}
         else:

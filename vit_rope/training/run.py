@@ -14,6 +14,7 @@ from rich.table import Table
 
 from . import checkpoints
 from .best import BestCheckpoint
+from .last import say
 from .saving import FolderLock, replacing, telling
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "summary.json", "checkpoints", "exported", "samples")
@@ -28,7 +29,7 @@ class RunFolder(SaveConfigCallback):
         self.started = time.monotonic()
 
     @rank_zero_only
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(self.config.out)  # touched no earlier, when data, model and optimizer are known to be sound
         self.lock = FolderLock(folder)
         with telling(folder):
@@ -56,7 +57,7 @@ class RunFolder(SaveConfigCallback):
         best, folder = trainer.checkpoint_callback, Path(self.config.out)
         paths = [Path(getattr(best, "best_model_path", "")), folder / "checkpoints" / "last.ckpt"]
         path = next((path for path in paths if path.is_file()), None)
-        if not isinstance(best, BestCheckpoint) or path is None:
+        if not isinstance(best, BestCheckpoint) or path is None or self._was_finished(trainer, folder):
             return
         checkpoint = checkpoints.read(path)
         pixels = {key: getattr(getattr(trainer, "datamodule", None), key, None) for key in ("mean", "std")}
@@ -73,6 +74,17 @@ class RunFolder(SaveConfigCallback):
         }
         write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         report(summary, monitor, folder)
+
+    def _was_finished(self, trainer: Any, folder: Path) -> bool:
+        """Whether no step was left to make, nor anything else, as after a run that was killed while it exported."""
+        given = self.config.ckpt_path
+        if self.lock is not None or not given:
+            return False
+        say(
+            f"{given} had finished at epoch {trainer.current_epoch}, step {trainer.global_step}: nothing was trained; "
+            "raise --trainer.max_epochs or --trainer.max_steps to go on"
+        )
+        return not goes_on(folder, given) or (folder / "summary.json").exists()
 
     def _dump(self) -> str:
         config = self.config.clone()  # as it would start afresh
@@ -104,9 +116,14 @@ def occupied(folder: Path) -> list[str]:
     return [name for name in RUN_FILES if (folder / name).exists()]
 
 
+def goes_on(folder: Path, ckpt_path: str | None) -> bool:
+    """Whether a checkpoint is one of the run in this folder."""
+    return bool(ckpt_path) and Path(str(ckpt_path)).resolve().is_relative_to(folder.resolve())
+
+
 def check_free(folder: Path, ckpt_path: str | None, overwrite: bool = False) -> None:
     """Raise a ValueError where a run would take a folder from another, or the checkpoint to go on with from itself."""
-    resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
+    resumes = goes_on(folder, ckpt_path)
     if resumes and overwrite:
         raise ValueError(f"--overwrite true would remove {ckpt_path}, with which --ckpt_path goes on: leave out one")
     if not resumes and not overwrite and (found := occupied(folder)):
