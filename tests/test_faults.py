@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -16,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
-from vit_rope.training import saving
+from vit_rope.training import progress, saving
 from vit_rope.training.batches import loader
 from vit_rope.training.callbacks import EMA
 from vit_rope.training.classification import Classification
@@ -332,6 +334,18 @@ def test_such_a_batch_can_be_skipped(config, tmp_path, monkeypatch):
     moved = {state["step"].item() for state in last(out)["optimizer_states"][0]["state"].values()}
     assert (moved, last(out)["global_step"]) == ({23}, 24)  # the place in the schedule counts, the weights stay
     assert all(torch.isfinite(value).all() for value in last(out)["weights_in_training"].values())
+
+
+def test_bar_of_a_terminal_keeps_the_loss_before_a_skipped_batch(config, tmp_path, monkeypatch):
+    """The bar looks at each fifth batch; without a batch's loss it has nothing new to show."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=terminal, force_terminal=True, width=200))
+    monkeypatch.setattr(Classification, "loss", poison(Classification, 9, math.nan))
+    options = ("--model.nonfinite", "skip", "--trainer.max_epochs", 2, "--trainer.enable_progress_bar", "true")
+    run("--config", config, "--out", tmp_path / "r", *options)
+    assert (tmp_path / "r" / "nonfinite.jsonl").exists()
+    assert "epoch 2/2  loss " in terminal.getvalue()
+    assert "nan" not in terminal.getvalue()
 
 
 def test_gradient_norm_is_logged_as_it_was_before_clipping(config, tmp_path, monkeypatch):

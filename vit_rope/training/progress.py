@@ -65,8 +65,9 @@ class ProgressLine(ProgressBar):
         self.batches, self.images = self.batches + 1, self.images + size
         self.recent.append((time.monotonic(), size))
         if self.bar is not None and self.batches % 5 == 0:
-            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-            self.shown["loss"] = float(loss)
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+            if loss is not None:  # as of a batch that was left out
+                self.shown["loss"] = float(loss)
             (then, skipped), (now, _) = self.recent[0], self.recent[-1]
             speed = (sum(n for _, n in self.recent) - skipped) / max(now - then, 1e-9)
             self.bar.update(self.task, completed=self.batches, text=self._text(trainer, speed))
