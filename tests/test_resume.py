@@ -203,6 +203,33 @@ def test_killed_at_random_moments(configs, whole, tmp_path, name):
     assert not [path for path in (tmp_path / "r").rglob("*.ckpt") if path.name not in ("last.ckpt", "best.ckpt")]
 
 
+MALFORMED = {
+    "state_dict": [1],
+    "callbacks": [],
+    "loops": {},
+    "loops/fit_loop": {},
+    "optimizer_states": [],
+    "lr_schedulers": None,
+    "global_step": "x",
+    "pytorch-lightning_version": None,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), MALFORMED.items(), ids=MALFORMED)
+def test_malformed_checkpoint_is_no_fresh_start(whole, tmp_path, name, value):
+    content = last(whole["denoiser"])
+    *outer, key = name.split("/")
+    inner = content[outer[0]] if outer else content
+    inner.update({key: value}) if value is not None else inner.pop(key)
+    torch.save(content, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=rf"bad\.ckpt is no checkpoint to go on with: its {name}.*--model\.weights$"):
+        run("--ckpt_path", tmp_path / "bad.ckpt", "--out", tmp_path / "r", "--trainer.max_epochs", 5)
+    assert not (tmp_path / "r").exists()
+    if name in ("state_dict", "callbacks", "loops"):
+        with pytest.raises(ValueError, match=rf"bad\.ckpt is no checkpoint of a run: its {name}"):
+            main(["validate", "--ckpt_path", str(tmp_path / "bad.ckpt")])
+
+
 # The parts
 
 

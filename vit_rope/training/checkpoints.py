@@ -38,6 +38,18 @@ TRUSTED: tuple[Any, ...] = (  # what a configuration may name, with all that is 
     torch.dtype,
 )
 UNTRUSTED = ("torchvision.transforms.v2.Lambda", "torchvision.transforms.v2._misc.Lambda")  # calls what it is given
+PARTS = {"state_dict": dict, "pytorch-lightning_version": str}  # of every run's checkpoint
+EVALUATED = {"callbacks": dict, "loops/validate_loop": dict, "loops/test_loop": dict}  # where it has them
+RESUMED = {
+    "callbacks": dict,
+    "loops/fit_loop/epoch_loop.batch_progress": dict,
+    "loops/fit_loop/epoch_progress": dict,
+    "optimizer_states/0/state": dict,
+    "optimizer_states/0/param_groups": list,
+    "lr_schedulers": list,
+    "epoch": int,
+    "global_step": int,
+}
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +102,22 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__} that is no dictionary of names")
     return content
+
+
+def check_parts(content: Mapping[str, Any], path: str | Path, resumes: bool) -> None:
+    """Raise a ValueError that names the first part which a checkpoint to go on with, or to evaluate, has not."""
+    evaluated = {name: kind for name, kind in EVALUATED.items() if name.split("/")[0] in content}
+    for name, kind in (PARTS | (RESUMED if resumes else evaluated)).items():
+        part: Any = content
+        for key in name.split("/"):
+            part = {str(place): one for place, one in enumerate(part)} if isinstance(part, list) else part
+            part = part.get(key) if isinstance(part, dict) else None
+        if not isinstance(part, kind):
+            found = "missing" if part is None else f"a {type(part).__name__}, no {kind.__name__}"
+            todo = "; take another one, or start from its weights with --model.weights" * resumes
+            raise ValueError(
+                f"{path} is no checkpoint {'to go on with' if resumes else 'of a run'}: its {name} is {found}{todo}"
+            )
 
 
 def embedded_config(checkpoint: Mapping[str, Any], path: str | Path, modules: list[str]) -> str:

@@ -95,9 +95,9 @@ class CLI(LightningCLI):
         """Find and check the checkpoint; unlike Lightning's, leave settings as YAML and command line have them."""
         config = self.config[self.config.subcommand]
         if config.ckpt_path:
-            default = "last" if self.config.subcommand == "fit" else "best"
-            path = checkpoints.find(config.ckpt_path, config.out, default)
-            checkpoints.read(path)
+            fits = self.config.subcommand == "fit"
+            path = checkpoints.find(config.ckpt_path, config.out, "last" if fits else "best")
+            checkpoints.check_parts(checkpoints.read(path), path, resumes=fits)
             config.ckpt_path = str(path)
             config.model.get("init_args", {}).pop("weights", None)  # the checkpoint's are later ones
 
