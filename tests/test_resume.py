@@ -230,6 +230,26 @@ def test_malformed_checkpoint_is_no_fresh_start(whole, tmp_path, name, value):
             main(["validate", "--ckpt_path", str(tmp_path / "bad.ckpt")])
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("opt", ["sgd", "lion"])
+def test_state_of_another_optimizer(whole, tmp_path, opt, named):
+    content = last(whole["denoiser"])
+    if not named:  # as one of another program
+        for group in content["optimizer_states"][0]["param_groups"]:
+            group.pop("opt")
+    torch.save(content, tmp_path / "last.ckpt")
+    args = ("--ckpt_path", tmp_path / "last.ckpt", "--out", tmp_path / "r", "--trainer.max_epochs", 5)
+    was = "adamw" if named else "another optimizer"
+    with pytest.raises(
+        ValueError, match=rf"^the checkpoint has the state of {was}, not of {opt}: go on with .*weights$"
+    ):
+        run(*args, "--model.optim.opt", opt)
+    assert not (tmp_path / "r").exists()
+    if not named:
+        run(*args)
+        assert last(tmp_path / "r")["epoch"] == 4
+
+
 # The parts
 
 

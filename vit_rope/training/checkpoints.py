@@ -45,7 +45,7 @@ RESUMED = {
     "loops/fit_loop/epoch_loop.batch_progress": dict,
     "loops/fit_loop/epoch_progress": dict,
     "optimizer_states/0/state": dict,
-    "optimizer_states/0/param_groups": list,
+    "optimizer_states/0/param_groups/0": dict,
     "lr_schedulers": list,
     "epoch": int,
     "global_step": int,

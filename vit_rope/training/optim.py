@@ -72,7 +72,10 @@ class Schedule(LambdaLR):
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """An optimizer over a timm model's parameters; resumed, it takes its state from a checkpoint, not its settings."""
+    """An optimizer over a timm model's parameters; resumed, it takes its state from a checkpoint, not its settings.
+
+    Loading the state of another optimizer raises ValueError.
+    """
     try:
         optimizer = create_optimizer_v2(
             model,
@@ -84,9 +87,13 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         )
     except TypeError as error:
         raise TypeError(f"optimizer {config.opt} with extra options {config.extra}: {error}") from error
+    name = config.opt.lower()
+    for group in optimizer.param_groups:
+        group["opt"] = name  # into checkpoints, for the state of one optimizer means nothing to another
     settings = {"weight_decay", "lr_scale", "initial_lr", *config.extra}
 
     def keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        _check_same(name, state["param_groups"][0], optimizer.param_groups[0])
         if len(state["param_groups"]) != len(optimizer.param_groups):
             return state  # torch refuses it in words of its own
         groups = [
@@ -97,6 +104,19 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
     optimizer.register_load_state_dict_pre_hook(keep_settings)
     return optimizer
+
+
+def _check_same(name: str, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise a ValueError where a saved group of parameters is another optimizer's, by its name or else its settings."""
+    fits = not saved.keys() - ours.keys() or not ours.keys() - saved.keys() - {
+        "opt"
+    }  # later versions know more of them
+    other = saved.get("opt", name if fits else "another optimizer")
+    if other != name:
+        raise ValueError(
+            f"the checkpoint has the state of {other}, not of {name}: go on with the optimizer of before, "
+            "or start from its weights with --model.weights"
+        )
 
 
 def make_schedule(optimizer: Optimizer, config: ScheduleConfig, total: float, lr: float) -> Schedule:
