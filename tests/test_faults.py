@@ -134,6 +134,20 @@ def test_best_checkpoint_is_one_of_one_name(config, tmp_path, option):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("who", ["checkpoint", "EarlyStopping"])
+def test_score_that_nobody_logs_is_told_before_the_first_epoch(config, tmp_path, who):
+    options = ["--checkpoint.monitor", "val/nope"]
+    if who == "EarlyStopping":
+        options = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/nope"]
+    with pytest.raises(
+        ValueError, match=rf"{who}.* is val/nope, which Classification does not log: .*val/acc, val/loss"
+    ):
+        run("--config", config, "--out", tmp_path / "r", *options)
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(ValueError, match=f"^{'the monitor of ' * (who != 'checkpoint')}{who}"):  # as of a resumed run
+        run("--config", config, "--out", tmp_path / "r", *options, "--trainer.num_sanity_val_steps", 0)
+
+
 def test_folder_that_cannot_be_made(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"^could not write .*file/r: Not a directory$"):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
@@ -22,6 +22,11 @@ class BestCheckpoint(ModelCheckpoint):
             )
         super().__init__(dirpath=dirpath, filename=filename, save_top_k=save_top_k, **kwargs)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._check_monitors(trainer, type(pl_module).__name__)
+        super().on_validation_end(trainer, pl_module)
+
     def on_load_checkpoint(self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the files of the run that goes on to lie where its checkpoint does now, and what is gone for gone."""
         state = checkpoint["callbacks"].get(self.state_key)
@@ -35,3 +40,15 @@ class BestCheckpoint(ModelCheckpoint):
             state |= moved | {"best_model_path": best}
         else:
             state |= {"dirpath": None, "best_model_path": ""}
+
+    def _check_monitors(self, trainer: Trainer, name: str) -> None:
+        """Look, first before the first epoch, whether the scores come that this and stopping early wait for."""
+        scores = sorted(score for score in trainer.callback_metrics if score.startswith("val/"))
+        for callback in trainer.callbacks:
+            monitor = getattr(callback, "monitor", None) if getattr(callback, "strict", True) else None
+            if isinstance(monitor, str) and monitor.startswith("val/") and monitor not in scores:
+                setting = "checkpoint.monitor" if callback is self else f"the monitor of {type(callback).__name__}"
+                raise ValueError(
+                    f"{setting} is {monitor}, which {name} does not log: "
+                    f"choose one of {', '.join(scores)}, and the mode for it, min or max"
+                )
