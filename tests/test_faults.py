@@ -251,6 +251,21 @@ def test_lock_keeps_others_out(tmp_path):
         other.kill()
 
 
+def test_run_that_fails_in_its_first_batch_leaves_its_folder_free(config, tmp_path, monkeypatch):
+    out = tmp_path / "r"
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "loss", poison(Classification, 0, math.nan))
+        with pytest.raises(ValueError, match="^the loss is nan at step 0"):
+            run("--config", config, "--out", out)
+    assert (out / "config.yaml").exists()  # for what it says of that batch
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "loss", lambda *_: [].pop())
+        with pytest.raises(IndexError):
+            run("--config", config, "--out", tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [".lock"]
+    run("--config", config, "--out", tmp_path / "other", "--trainer.max_epochs", 1)
+
+
 def test_folder_is_looked_at_again_once_it_is_locked(config, tmp_path, monkeypatch):
     take = FolderLock.take
     monkeypatch.setattr(FolderLock, "take", lambda lock: take(lock) or (tmp_path / "r" / "config.yaml").write_text("x"))

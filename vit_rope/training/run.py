@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class RunFolder(SaveConfigCallback):
     """Write the configuration down, also into each checkpoint; at the end export the best one and say how it went."""
 
     lock: FolderLock | None = None
+    wrote = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.started = time.monotonic()
@@ -40,12 +42,17 @@ class RunFolder(SaveConfigCallback):
             with telling(folder):
                 clear(folder)
         write(folder / "config.yaml", self._dump())
+        self.wrote = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.lock is not None:
             self.lock.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        folder = Path(self.config.out)
+        if self.wrote and occupied(folder) == ["config.yaml"]:  # no run yet: the next try finds the folder free
+            with suppress(OSError):
+                (folder / "config.yaml").unlink()
         self.teardown(trainer, pl_module, "fit")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
