@@ -255,7 +255,7 @@ def test_run_that_fails_in_its_first_batch_leaves_its_folder_free(config, tmp_pa
     out = tmp_path / "r"
     with monkeypatch.context() as patch:
         patch.setattr(Classification, "loss", poison(Classification, 0, math.nan))
-        with pytest.raises(ValueError, match="^the loss is nan at step 0"):
+        with pytest.raises(ValueError, match=r"^the loss is nan at step 0 "):
             run("--config", config, "--out", out)
     assert (out / "config.yaml").exists()  # for what it says of that batch
     with monkeypatch.context() as patch:
@@ -297,6 +297,35 @@ def test_signal_saves_and_says_how_to_go_on(config, tmp_path, number, monkeypatc
     assert "stopping after this step; again, and nothing is saved" in capfd.readouterr().err
     run("--ckpt_path", out)
     assert_same(tmp_path / "whole", out)
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["on_sanity_check_start", "on_train_epoch_end"])
+def test_ctrl_c_between_steps_says_how_to_go_on(config, tmp_path, monkeypatch, capsys, where):
+    """Before the first step, and a second one after an epoch."""
+    handler = signal.getsignal(signal.SIGINT)
+    out = tmp_path / "with space"
+    (tmp_path / "fix_run_mine.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(LastCheckpoint, "on_fit_end", interrupt, raising=False)
+    if where == "on_sanity_check_start":
+        monkeypatch.setattr(LastCheckpoint, where, interrupt, raising=False)
+    args = ["--import", "fix_run_mine", "--config", config, "--out", str(out), "--trainer.max_epochs", "1"]
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(["fit", *args])
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert caught.value.code == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    if where == "on_sanity_check_start":
+        assert said == "stopped before a step was saved; the same command starts again"
+    else:
+        go_on = f"python train.py fit --import fix_run_mine --ckpt_path '{out}'"
+        assert said == f"stopped at once; step 6 is saved, go on with: {go_on}"
 
 
 def test_second_signal_does_not_wait(config, tmp_path, monkeypatch):

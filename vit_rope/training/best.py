@@ -41,7 +41,7 @@ class BestCheckpoint(ModelCheckpoint):
         else:
             state |= {"dirpath": None, "best_model_path": ""}
 
-    def _check_monitors(self, trainer: Trainer, name: str) -> None:
+    def _check_monitors(self, trainer: Any, name: str) -> None:
         """Look, first before the first epoch, whether the scores come that this and stopping early wait for."""
         scores = sorted(score for score in trainer.callback_metrics if score.startswith("val/"))
         for callback in trainer.callbacks:

@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -135,8 +136,12 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        if getattr(self.trainer.strategy, "_save_distributed_checkpoint", False):
+        trainer: Any = self.trainer
+        if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
             raise ValueError("set save_distributed_checkpoint: false of the strategy: a checkpoint is one file here")
+        for callback in trainer.callbacks:
+            if isinstance(callback, LastCheckpoint):
+                callback.imports = self.modules
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
@@ -159,6 +164,10 @@ def main(args: list[str] | None = None) -> None:
         argv = list(sys.argv[1:] if args is None else args)
         try:
             CLI(*take_imports(argv))
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's status for it is 1
+                sys.exit(128 + signal.SIGINT)
+            raise
         except (ValueError, TypeError, OSError, OverflowError, MisconfigurationException) as error:
             if args is not None or not says_all(error):
                 raise

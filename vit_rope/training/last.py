@@ -1,6 +1,7 @@
 """How a run ends, and where it goes on: the last checkpoint, signals, processes that die."""
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -25,6 +26,8 @@ class LastCheckpoint(Checkpoint):
         every_steps: optimizer steps between two savings within an epoch; 0 saves after epochs alone
     """
 
+    imports: Sequence[str] = ()  # modules of the user's that the run needs
+
     def __init__(self, dirpath: str = "checkpoints", every_steps: int = 0):
         if every_steps < 0:
             raise ValueError(f"last.every_steps must be at least 0 (after each epoch alone), got {every_steps}")
@@ -43,6 +46,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
+            go_on = f"stopped at once; step {self.saved} is saved, go on with: {self._command()}"
+            say(go_on if self.saved else "stopped before a step was saved; the same command starts again")
         for rank, code in ended(getattr(trainer.strategy.launcher, "procs", [])):
             say(f"process {rank} ended before the others, with status {code}: what it said is above")
 
@@ -70,9 +76,13 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path, weights_only=False)
         self.wanted, self.saved = False, trainer.global_step
         if self.signal:
-            name, run = signal.Signals(self.signal).name, self.path.parents[1]
-            say(f"{name} ended the run after step {self.saved}; go on with: python train.py fit --ckpt_path {run}")
+            name = signal.Signals(self.signal).name
+            say(f"{name} ended the run after step {self.saved}; go on with: {self._command()}")
             sys.exit(128 + self.signal)
+
+    def _command(self) -> str:
+        imports = [word for module in self.imports for word in ("--import", module)]
+        return shlex.join(["python", "train.py", "fit", *imports, "--ckpt_path", str(self.path.parents[1])])
 
     def _heed(self, number: int, frame: Any) -> None:
         signal.signal(number, self.handlers[number])
