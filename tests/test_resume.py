@@ -250,6 +250,15 @@ def test_state_of_another_optimizer(whole, tmp_path, opt, named):
         assert last(tmp_path / "r")["epoch"] == 4
 
 
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_denoiser_that_learned_another_prediction(whole, command):
+    with pytest.raises(
+        ValueError,
+        match=r"^the checkpoint's model has learned to predict v, not epsilon: set prediction: v, or train anew$",
+    ):
+        main([command, "--ckpt_path", str(whole["denoiser"]), "--model.prediction", "epsilon"])
+
+
 # The parts
 
 

@@ -142,6 +142,15 @@ class Diffusion(Learner):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["denoiser"] = sampling.describe(self.trained)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        match checkpoint.get("denoiser"):
+            case {"noise": {"prediction_type": str(learned)}} if learned != self.noise.config.prediction_type:
+                names = {kind: name for name, kind in PREDICTIONS.items()}
+                raise ValueError(
+                    f"the checkpoint's model has learned to predict {names.get(learned, learned)}, not "
+                    f"{names[self.noise.config.prediction_type]}: set prediction: {names.get(learned, learned)}, or train anew"
+                )
+
     def export(self, folder: Path, state_dict: dict[str, Tensor], extra: dict[str, Any]) -> Path:
         """Write a diffusers pipeline's folder with the weights of this `state_dict`."""
         model = type(self.model).from_config(self.model.config)  # this one may lie in shards by now
