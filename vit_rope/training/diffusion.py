@@ -146,9 +146,10 @@ class Diffusion(Learner):
         match checkpoint.get("denoiser"):
             case {"noise": {"prediction_type": str(learned)}} if learned != self.noise.config.prediction_type:
                 names = {kind: name for name, kind in PREDICTIONS.items()}
+                was, wanted = names.get(learned, learned), names[self.noise.config.prediction_type]
                 raise ValueError(
-                    f"the checkpoint's model has learned to predict {names.get(learned, learned)}, not "
-                    f"{names[self.noise.config.prediction_type]}: set prediction: {names.get(learned, learned)}, or train anew"
+                    f"the checkpoint's model has learned to predict {was}, not {wanted}: "
+                    f"set prediction: {was}, or train anew"
                 )
 
     def export(self, folder: Path, state_dict: dict[str, Tensor], extra: dict[str, Any]) -> Path:
