@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -222,12 +223,22 @@ def test_malformed_checkpoint_is_no_fresh_start(whole, tmp_path, name, value):
     inner = content[outer[0]] if outer else content
     inner.update({key: value}) if value is not None else inner.pop(key)
     torch.save(content, tmp_path / "bad.ckpt")
-    with pytest.raises(ValueError, match=rf"bad\.ckpt is no checkpoint to go on with: its {name}.*--model\.weights$"):
+    with pytest.raises(ValueError, match=rf"bad\.ckpt is no checkpoint to go on with: its {name}.*start afresh$"):
         run("--ckpt_path", tmp_path / "bad.ckpt", "--out", tmp_path / "r", "--trainer.max_epochs", 5)
     assert not (tmp_path / "r").exists()
     if name in ("state_dict", "callbacks", "loops"):
         with pytest.raises(ValueError, match=rf"bad\.ckpt is no checkpoint of a run: its {name}"):
             main(["validate", "--ckpt_path", str(tmp_path / "bad.ckpt")])
+
+
+def test_weights_in_training_that_are_gone(whole, tmp_path):
+    content = last(whole["denoiser"])
+    name, _ = content["weights_in_training"].popitem()
+    torch.save(content, tmp_path / "bad.ckpt")
+    with pytest.raises(
+        ValueError, match=rf"^the checkpoint's weights_in_training lack {re.escape(name)} \(1 missing\); "
+    ):
+        run("--ckpt_path", tmp_path / "bad.ckpt", "--out", tmp_path / "r", "--trainer.max_epochs", 5)
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -241,7 +252,7 @@ def test_state_of_another_optimizer(whole, tmp_path, opt, named):
     args = ("--ckpt_path", tmp_path / "last.ckpt", "--out", tmp_path / "r", "--trainer.max_epochs", 5)
     was = "adamw" if named else "another optimizer"
     with pytest.raises(
-        ValueError, match=rf"^the checkpoint has the state of {was}, not of {opt}: go on with .*weights$"
+        ValueError, match=rf"^the checkpoint has the state of {was}, not of {opt}: go on with .*start afresh$"
     ):
         run(*args, "--model.optim.opt", opt)
     assert not (tmp_path / "r").exists()

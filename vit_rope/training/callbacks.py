@@ -82,6 +82,11 @@ class EMA(Callback):
         """By now the module holds the average: keep it, and go on from the weights in training."""
         weights = checkpoint.get("weights_in_training")
         if weights is not None and trainer.state.fn == "fit":
+            if lost := [name for name, _ in pl_module.named_parameters() if name not in weights]:
+                raise ValueError(
+                    f"the checkpoint's weights_in_training lack {lost[0]} ({len(lost)} missing); "
+                    "take another one, or leave out --ckpt_path to start afresh"
+                )
             self.average = _copies(pl_module) if self.decay else {}
             set_model_state_dict(pl_module, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 

@@ -114,7 +114,7 @@ def check_parts(content: Mapping[str, Any], path: str | Path, resumes: bool) -> 
             part = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, kind):
             found = "missing" if part is None else f"a {type(part).__name__}, no {kind.__name__}"
-            todo = "; take another one, or start from its weights with --model.weights" * resumes
+            todo = "; take another one, or leave out --ckpt_path to start afresh" * resumes
             raise ValueError(
                 f"{path} is no checkpoint {'to go on with' if resumes else 'of a run'}: its {name} is {found}{todo}"
             )

@@ -115,7 +115,7 @@ def _check_same(name: str, saved: dict[str, Any], ours: dict[str, Any]) -> None:
     if other != name:
         raise ValueError(
             f"the checkpoint has the state of {other}, not of {name}: go on with the optimizer of before, "
-            "or start from its weights with --model.weights"
+            "or leave out --ckpt_path to start afresh"
         )
 
 
