@@ -218,7 +218,9 @@ def test_without_the_best_checkpoint_the_last_one_tells_how_it_went(config, tmp_
     best = out / "checkpoints" / "best.ckpt"
     monkeypatch.setattr(EMA, "on_train_end", lambda *_: best.unlink(), raising=False)
     run("--config", config, "--out", out, "--trainer.max_epochs", 1)
-    assert json.loads((out / "summary.json").read_text())["checkpoint"] == str(out / "checkpoints" / "last.ckpt")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["checkpoint"] == str(out / "checkpoints" / "last.ckpt")
+    assert summary["val/acc"] == summary["last"]["val/acc"]
     assert (out / "exported" / "model.safetensors").is_file()
 
 

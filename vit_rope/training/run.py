@@ -64,15 +64,16 @@ class RunFolder(SaveConfigCallback):
         best, folder = trainer.checkpoint_callback, Path(self.config.out)
         paths = [Path(getattr(best, "best_model_path", "")), folder / "checkpoints" / "last.ckpt"]
         path = next((path for path in paths if path.is_file()), None)
-        if not isinstance(best, BestCheckpoint) or path is None or self._was_finished(trainer, folder):
+        if self._was_finished(trainer, folder) or not isinstance(best, BestCheckpoint) or path is None:
             return
         checkpoint = checkpoints.read(path)
         pixels = {key: getattr(getattr(trainer, "datamodule", None), key, None) for key in ("mean", "std")}
         pixels = {key: _three(value) for key, value in pixels.items() if value is not None}
         exported = pl_module.export(folder / "exported", checkpoint["state_dict"], pixels)
         monitor = str(best.monitor)
+        score = best.best_model_score if path == paths[0] else trainer.callback_metrics.get(monitor)
         summary: dict[str, Any] = {
-            monitor: None if best.best_model_score is None else round(float(best.best_model_score), 6),
+            monitor: None if score is None else round(float(score), 6),
             "epoch": checkpoint["epoch"] + 1,
             "checkpoint": str(path),
             "exported": str(exported),
