@@ -9,10 +9,13 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from tests.test_diffusion import convolutions, transformer
+from safetensors import SafetensorError
+
+from tests.test_diffusion import TINY, convolutions, transformer
 from vit_rope import sampling
 from vit_rope.sampling import command, pictures, sample
 from vit_rope.training import quality
+from vit_rope.training.diffusion import Diffusion
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +174,21 @@ def test_quality_looks_before_it_works(tmp_path, monkeypatch):
             quality.main(["run", "--judge", "judge", *options])
         assert re.match(rf"error: .*{re.escape(message)}", str(end.value.code))
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_an_export_that_the_disk_refuses_leaves_the_one_before(tmp_path, monkeypatch):
+    module = Diffusion("RopeDiT", TINY, num_classes=10, in_chans=1, img_size=8)
+    state, folder = module.state_dict(), tmp_path / "exported"
+    module.export(folder, state, {})
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+    def full(trained, beside):
+        beside.mkdir()
+        (beside / "half").write_text("half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(sampling, "save", full)
+    with pytest.raises(OSError, match=r"^could not write .*exported: .*No space left .*; the one from before is as it"):
+        module.export(folder, state, {})
+    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]

@@ -13,6 +13,7 @@ from ..positions import Position
 from .checkpoints import one_line
 from .learner import Learner, NonFinite
 from .optim import OptimConfig, ScheduleConfig
+from .saving import replacing_folder
 
 OPTIM, SCHEDULE = OptimConfig(weight_decay=0.0), ScheduleConfig()
 MODELS = ("RopeUNet2DModel", "RopeDiT")
@@ -156,7 +157,8 @@ class Diffusion(Learner):
         """Write a diffusers pipeline's folder with the weights of this `state_dict`."""
         model = type(self.model).from_config(self.model.config)  # this one may lie in shards by now
         model.load_state_dict({key.removeprefix("model."): value for key, value in state_dict.items()})
-        sampling.save(self.trained._replace(unet=model), folder)
+        with replacing_folder(folder) as beside:
+            sampling.save(self.trained._replace(unet=model), beside)
         return folder
 
     def _check(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor | None]:

@@ -108,9 +108,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 def _check_same(name: str, saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise a ValueError where a saved group of parameters is another optimizer's, by its name or else its settings."""
-    fits = not saved.keys() - ours.keys() or not ours.keys() - saved.keys() - {
-        "opt"
-    }  # later versions know more of them
+    more, fewer = saved.keys() - ours.keys(), ours.keys() - saved.keys() - {"opt"}
+    fits = not (more and fewer)  # a later version of the same knows more settings, or fewer
     other = saved.get("opt", name if fits else "another optimizer")
     if other != name:
         raise ValueError(

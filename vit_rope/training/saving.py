@@ -6,6 +6,7 @@ SIGKILL leave what was there before, and a half-written file has a name that nob
 
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors import SafetensorError
 
 try:
     import fcntl
@@ -43,6 +45,24 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             raise
         kept = "the one from before is as it was" if path.exists() else "nothing was there before"
         raise OSError(f"could not write {path}: {cause.strerror or cause}; {kept}") from error
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A folder to make that becomes `folder` when the block ends well; OSError, in one line, where the disk refuses."""
+    beside, old = (folder.with_name(f".{folder.name}.{part}") for part in ("tmp", "old"))
+    try:
+        for left in (beside, old):
+            shutil.rmtree(left, ignore_errors=True)
+        yield beside
+        if folder.exists():
+            folder.rename(old)
+        beside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        kept = "the one from before is as it was" if folder.exists() else "nothing was there before"
+        raise OSError(f"could not write {folder}: {getattr(error, 'strerror', None) or error}; {kept}") from error
 
 
 class AtomicIO(TorchCheckpointIO):
