@@ -32,7 +32,7 @@ class LastCheckpoint(Checkpoint):
         if every_steps < 0:
             raise ValueError(f"last.every_steps must be at least 0 (after each epoch alone), got {every_steps}")
         self.path, self.every_steps = Path(dirpath, "last.ckpt"), every_steps
-        self.saved, self.wanted, self.signal = 0, False, 0
+        self.saved, self.wanted, self.signal, self.agreed = 0, False, 0, False
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,7 +75,7 @@ class LastCheckpoint(Checkpoint):
         if not trainer.fast_dev_run:
             trainer.save_checkpoint(self.path, weights_only=False)
         self.wanted, self.saved = False, trainer.global_step
-        if self.signal:
+        if self.signal and (self.agreed or trainer.world_size == 1):  # nobody leaves the others alone
             name = signal.Signals(self.signal).name
             say(f"{name} ended the run after step {self.saved}; go on with: {self._command()}")
             sys.exit(128 + self.signal)
@@ -93,9 +93,8 @@ class LastCheckpoint(Checkpoint):
         """Whether a process was told to stop; several ask each other now and then, for it holds up their devices."""
         if trainer.world_size > 1 and batch_idx % trainer.log_every_n_steps == 0:
             if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
-                self.signal = self.signal or signal.SIGTERM
-                return True
-            return False
+                self.signal, self.agreed = self.signal or signal.SIGTERM, True
+            return self.agreed
         return bool(self.signal) and trainer.world_size == 1
 
 
