@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from PIL import Image
 
 from vit_rope import RopeViT
 from vit_rope.training.classification import Classification
+from vit_rope.training.last import LastCheckpoint
 
 from .processes import finish, start
 from .test_resume import CLASSIFIER, CONFIG, last, run
@@ -239,3 +241,15 @@ def test_pain_09_ranks_hold_the_same_tables(tmp_path):  # lmms-engine PR #185
     for rank in range(2):
         out = torch.load(tmp_path / f"out{rank}.pt", weights_only=True)
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("world", "agreed", "leaves"), [(1, False, True), (2, False, False), (2, True, True)])
+def test_nobody_leaves_before_all_have_agreed(world, agreed, leaves, tmp_path):
+    """Not at an epoch's end either, which saves whatever the others have heard."""
+    callback = LastCheckpoint(str(tmp_path))
+    callback.signal, callback.agreed = signal.SIGTERM, agreed
+    trainer = SimpleNamespace(fast_dev_run=True, global_step=3, world_size=world, is_last_batch=True)
+    with pytest.raises(SystemExit) if leaves else contextlib.nullcontext() as end:
+        callback.on_train_epoch_end(trainer, None)
+    assert callback.saved == 3
+    assert end is None or end.value.code == 128 + signal.SIGTERM
