@@ -92,7 +92,11 @@ def test_pieces_of_a_batch_are_the_whole(shape, stride, dtype, monkeypatch):
     theta = 5 * torch.randn(shape)
     upstream = torch.randn(3, 5, 2, 4, 9).to(dtype)
     found = {}
-    for room in (10**9, 300):  # bytes: all samples at once, or one forwards, and four and the one left backwards
+    for room in (
+        10**9,
+        900,
+        300,
+    ):  # bytes: all samples, two and the one left, or one (backwards four)
         monkeypatch.setattr(rotation, "SCRATCH", room)
         leaf, angle = x.clone().requires_grad_(), theta.clone().requires_grad_()
         out = rotate_groups(leaf * 1, table(angle), 2, stride, 1, overwrite=True)
@@ -100,8 +104,9 @@ def test_pieces_of_a_batch_are_the_whole(shape, stride, dtype, monkeypatch):
             want = by_hand(want.transpose(1, 2), theta, stride, 1)
             torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=2**-7)
         found[room] = [*out, *torch.autograd.grad(out, [leaf, angle], list(upstream))]
-    for whole, pieces in zip(*found.values(), strict=True):
-        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
+    for whole, *others in zip(*found.values(), strict=True):
+        for pieces in others:
+            torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -182,3 +187,11 @@ def test_function_transforms_see_the_formula():
     torch.testing.assert_close(each, torch.stack([rotate(part, table(theta)) for part in x]))
     _, along = torch.func.jvp(lambda x: rotate(x, table(theta)), (x[0],), (x[1],))
     torch.testing.assert_close(along, rotate(x[1], table(theta)))
+
+
+def test_a_single_token_at_an_odd_place_in_memory():
+    x = torch.randn(1, 2, 1, 1, 9, dtype=torch.float64)  # contiguous behind the class token, nine numbers on
+    theta = torch.rand(1, 1, 1, 4)
+    (out,) = rotate_groups(x.float(), table(theta), 1, 1, 1)
+    want = by_hand(x[:, :, 0].transpose(1, 2), theta, 1, 1)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)

@@ -230,7 +230,7 @@ def as_complex(x: Tensor) -> Tensor:
     pairs = x.unflatten(-1, (-1, 2))
     *outer, last = pairs.stride()
     if last != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in outer):
-        pairs = pairs.contiguous()
+        pairs = pairs.clone(memory_format=torch.contiguous_format)  # contiguous() leaves one token as is
     return torch.view_as_complex(pairs)
 
 
