@@ -10,7 +10,8 @@ from vit_rope.attention import attend
 from vit_rope.positions import Layout, build
 from vit_rope.positions.encoding import tables
 from vit_rope.positions.presets import presets
-from vit_rope.positions.rotation import angles, rotate
+from vit_rope.positions.rotation import rotate
+from vit_rope.positions.turns import angles
 
 SHAPE, HEADS, HEAD = (5, 7), 2, 64
 F64 = torch.float64

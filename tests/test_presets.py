@@ -30,7 +30,8 @@ from vit_rope.positions.encoding import tables
 from vit_rope.positions.exact import Exact
 from vit_rope.positions.measures import Measured, Reference
 from vit_rope.positions.presets import presets
-from vit_rope.positions.rotation import angles, rotate
+from vit_rope.positions.rotation import rotate
+from vit_rope.positions.turns import angles
 
 SHAPE = (5, 7)
 NAMES = sorted(presets())

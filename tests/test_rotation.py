@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests import oracles
 from vit_rope.positions import rotation
 from vit_rope.positions.coords import grid
-from vit_rope.positions.rotation import angles, formula, rotate, rotate_groups, turns
+from vit_rope.positions.rotation import formula, rotate, rotate_groups
+from vit_rope.positions.turns import angles, turns
 
 
 def table(theta):
@@ -71,13 +72,14 @@ def test_every_form_turns_each_pair_by_its_matrix(
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize("shape", [(1, 3, 1, 2), (2, 3, 2, 2), (1, 3, 2, 2)])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_gradients_of_channels_and_of_angles(stride, prefix, shape, overwrite):
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+def test_gradients_of_channels_and_of_angles(stride, prefix, shape, overwrite, decay):
     torch.manual_seed(0)
     x = torch.randn(2, prefix + 3, 3, 2, 5, dtype=torch.float64, requires_grad=True)
     theta = torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
     def turned(x, theta):
-        return rotate_groups(x * 1.0, table(theta), 2, stride, prefix, overwrite)
+        return rotate_groups(x * 1.0, decay * table(theta), 2, stride, prefix, overwrite)
 
     assert torch.autograd.gradcheck(turned, (x, theta))
     assert torch.autograd.gradgradcheck(lambda x, theta: turned(x, theta)[:2], (x, theta))
@@ -92,11 +94,7 @@ def test_pieces_of_a_batch_are_the_whole(shape, stride, dtype, monkeypatch):
     theta = 5 * torch.randn(shape)
     upstream = torch.randn(3, 5, 2, 4, 9).to(dtype)
     found = {}
-    for room in (
-        10**9,
-        900,
-        300,
-    ):  # bytes: all samples, two and the one left, or one (backwards four)
+    for room in (10**9, 900, 300):  # bytes: all samples; three and the two left, or backwards two and the one; one
         monkeypatch.setattr(rotation, "SCRATCH", room)
         leaf, angle = x.clone().requires_grad_(), theta.clone().requires_grad_()
         out = rotate_groups(leaf * 1, table(angle), 2, stride, 1, overwrite=True)
@@ -195,3 +193,9 @@ def test_a_single_token_at_an_odd_place_in_memory():
     (out,) = rotate_groups(x.float(), table(theta), 1, 1, 1)
     want = by_hand(x[:, :, 0].transpose(1, 2), theta, 1, 1)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_channels_from_an_odd_place_on():
+    x = torch.randn(2, 2, 3, 10)[..., 1:9]
+    theta = torch.randn(1, 3, 1, 4)
+    torch.testing.assert_close(rotate(x, table(theta)).double(), by_hand(x, theta, 1, 0), rtol=0, atol=1e-5)

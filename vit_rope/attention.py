@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks
 
 from .positions.encoding import Encoding, Relative, Side, of_content, place_bias, turns_alike
-from .positions.rotation import rotate, rotate_groups, turns
+from .positions.rotation import rotate, rotate_groups
+from .positions.turns import turns
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .base import Layout
 from .generators import Exponential, exponential
 from .rotary import Pairs, Rotary, axial, geometric
-from .rotation import angles
 from .specs import register
+from .turns import angles
 
 
 @register

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import rotation
+from .turns import turns
 
 T = TypeVar("T")
 
@@ -152,7 +152,7 @@ def each(function: Callable[[T, T], T], a: list[T] | None, b: list[T] | None) ->
 
 def tables(side: Side) -> list[Tensor]:
     """The turns (B, N, H, R, 2) of each layer, made where only their angles are known."""
-    return side.turn or [rotation.turns(*angles)[0] for angles in side.angles or ()]
+    return side.turn or [turns(*angles)[0] for angles in side.angles or ()]
 
 
 def _turns(side: Side) -> bool:

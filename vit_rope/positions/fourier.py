@@ -12,8 +12,9 @@ from .absolute import Absolute
 from .base import Layout
 from .encoding import Encoding
 from .rotary import Rotary, geometric
-from .rotation import rotate, turns
+from .rotation import rotate
 from .specs import register
+from .turns import turns
 
 
 @register

@@ -62,7 +62,8 @@ def usable(x: Tensor) -> bool:
 
 
 def turn_pairs(x: Tensor, turn: Tensor, stride: int, out: Tensor) -> None:
-    """Write x (B, N, G, H, 2R) turned by turn (B or 1, N, H or 1, R, 2) into `out`, which may be x itself."""
+    """Write x (B, N, H, 2R) or (B, N, G, H, 2R), turned by turn (B or 1, N, H or 1, R, 2), into `out`: x, maybe."""
+    x, out = (t[:, :, None] if t.ndim == 4 else t for t in (x, out))
     x, turn = x if x.stride(-1) == 1 else x.contiguous(), turn.contiguous()
     batch, tokens, groups, heads, width = x.shape
     steps: list[Any] = [*x.stride()[:4], *out.stride()[:4]]

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from .base import Layout, Position
 from .encoding import Angles, Encoding, Side
-from .rotation import turns
 from .specs import register
+from .turns import turns
 
 Pairs = Literal["interleaved", "half", "axis"]
 TABLES = (

@@ -1,4 +1,4 @@
-"""Turning channel pairs, near the speed of copying them, and the tables of cosines and sines that say how far.
+"""Turning channel pairs, near the speed of copying them.
 
 Pairs of interleaved channels are complex numbers as they lie in memory, and so is a table of cosines and sines: eager
 rotation is one complex product, written over its input where the caller gives that away. 16-bit inputs pass through
@@ -6,7 +6,7 @@ float32 in pieces that stay in the cache. Nothing but the table is kept for the 
 the gradient of a learned angle follows from the turned channels, which attention keeps anyway. Compilers, exporters,
 function transforms and other devices get the same formula in real numbers.
 
-Shapes   L layers and H heads (1 if shared), N tokens, A axes, R pairs of the D channels of a head;
+Shapes   B samples, N tokens, H heads (1 if shared), R pairs of the D channels of a head;
          x (B, N, G, H, D): G groups (queries, keys, values); turn (B or 1, N, H, R, 2) in float32
 Stride   how far the partners of a pair are apart: 1 interleaved, R half, R / A half within each axis's block
 """
@@ -23,27 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-SCRATCH = 2 * 2**20  # bytes of float32 at a time for 16-bit inputs on a CPU: they stay in its caches, with few calls
-
-
-def angles(freqs: Tensor, coords: Tensor) -> Tensor:
-    """Angles (L, B, N, H, R) at frequencies (L, H, A, R) of coordinates (N, A) or (B, N, A)."""
-    if coords.ndim == 2:
-        coords = coords[None]
-    turned = coords[None, :, :, None, :, None] * freqs[:, None, None]
-    return turned.sum(dim=-2)  # not a matmul, which autocast and TF32 would round
-
-
-def turns(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-    """Cosines and sines (L, B, N, H, R, 2) of the angles at freqs (L, H, A, R) of coordinates (N, A) or (B, N, A).
-
-    Coordinates (N, A) of a whole `grid` are products of its axes, as `positions.coords.grid` makes them: turns along
-    the axes then multiply, which takes a cosine for each row and each column rather than for each cell.
-    """
-    if _eager(freqs, coords) and not coords.requires_grad:
-        return _Turns.apply(freqs, coords, grid) if _tracked(freqs) else _tables(freqs, coords, grid)
-    theta = angles(freqs, coords)
-    return torch.stack((theta.cos(), theta.sin()), dim=-1)
+SCRATCH = 3 * 2**20  # bytes of float32 at a time on a CPU: more would leave its caches, and less takes more calls
 
 
 def rotate(x: Tensor, turn: Tensor, stride: int = 1, prefix: int = 0, overwrite: bool = False) -> Tensor:
@@ -62,8 +42,8 @@ def rotate_groups(
     if 2 * turn.shape[-2] > x.shape[-1]:
         pairs = turn.shape[-2]
         raise ValueError(f"a rotation of {pairs} pairs needs heads of {2 * pairs} channels or more, got {x.shape[-1]}")
-    if _eager(x, turn):
-        rotation = _Rotation.apply if _tracked(x, turn) else _rotated
+    if eager(x, turn):
+        rotation = _Rotation.apply if tracked(x, turn) else _rotated
         return rotation(x, turn, turning, stride, prefix, overwrite)
     groups = x.unbind(2)
     turned = [formula(group, turn, stride, prefix) for group in groups[:turning]]
@@ -72,7 +52,7 @@ def rotate_groups(
 
 def formula(x: Tensor, turn: Tensor, stride: int = 1, prefix: int = 0) -> Tensor:
     """x (B, N, H, D) turned, in real numbers; tokens without a place are turned by nothing, which keeps one kernel."""
-    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    precise = _precise(x)
     cos, sin = turn.to(precise).unbind(-1)
     if prefix:
         cos, sin = (F.pad(t, (0, 0, 0, 0, prefix, 0), value=rest) for t, rest in ((cos, 1.0), (sin, 0.0)))
@@ -83,7 +63,7 @@ def formula(x: Tensor, turn: Tensor, stride: int = 1, prefix: int = 0) -> Tensor
     return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
 
-def _eager(*tensors: Tensor) -> bool:
+def eager(*tensors: Tensor) -> bool:
     """Whether complex numbers, in functions with a gradient of their own, will do."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -92,41 +72,8 @@ def _eager(*tensors: Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
-def _tracked(*tensors: Tensor) -> bool:
+def tracked(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-class _Turns(torch.autograd.Function):
-    """`turns` with a gradient for the frequencies, which needs no angle of its own: a turn knows how it goes on."""
-
-    @staticmethod
-    def forward(ctx: Any, freqs: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
-        table = _tables(freqs, coords, grid)
-        ctx.save_for_backward(coords, table)
-        return table
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        coords, table = ctx.saved_tensors  # (N, A) or (B, N, A); (L, B, N, H, R, 2)
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        angle = table[..., 0] * grads[0][..., 1] - table[..., 1] * grads[0][..., 0]
-        places = coords.unsqueeze(0) if coords.ndim == 2 else coords
-        with torch.autocast(coords.device.type, enabled=False):
-            return torch.einsum("bna,lbnhr->lhar", places.to(angle.dtype), angle), None, None
-
-
-def _tables(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
-    if grid is None or coords.ndim != 2 or len(coords) != math.prod(grid):
-        theta = angles(freqs, coords)
-        return torch.view_as_real(torch.complex(theta.cos(), theta.sin()))
-    coords, axes, table = coords.view(*grid, -1), len(grid), freqs.new_zeros(())
-    for a in range(axes):
-        along = coords[tuple(slice(None) if i == a else 0 for i in range(axes))][:, a]  # (n,)
-        theta = along[:, None, None] * freqs[:, None, :, a]  # (L, n, H, R)
-        turn = torch.complex(theta.cos(), theta.sin())
-        table = turn if a == 0 else (table[:, :, None] * turn[:, None]).flatten(1, 2)
-    return torch.view_as_real(table[:, None])
 
 
 class _Rotation(torch.autograd.Function):
@@ -137,63 +84,92 @@ class _Rotation(torch.autograd.Function):
         ctx: Any, x: Tensor, turn: Tensor, turning: int, stride: int, prefix: int, overwrite: bool
     ) -> tuple[Tensor, ...]:
         groups = _rotated(x, turn, turning, stride, prefix, overwrite)
-        ctx.options, ctx.learned = (turning, stride, prefix), ctx.needs_input_grad[1]
-        ctx.save_for_backward(turn, *(groups[:turning] if ctx.learned else ()))
+        ctx.options = turning, stride, prefix
+        ctx.save_for_backward(turn, *(groups[:turning] if ctx.needs_input_grad[1] else ()))
         return groups
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         turn, *turned = ctx.saved_tensors
         turning, stride, prefix = ctx.options
-        grads = tuple(grad.transpose(1, 2) for grad in grads)
-        grad_turn = None
-        if ctx.learned:
-            there = [group.transpose(1, 2) for group in turned]
-            grad_turn = _turn_gradient(there, grads[:turning], turn, stride, prefix)
-        back = turn * turn.new_tensor([1.0, -1.0])
+        there, turned = ([t.transpose(1, 2) for t in tensors] for tensors in (grads, turned))
+        back, angle = torch.view_as_real(torch.view_as_complex(turn).conj_physical()), None
         if torch.is_grad_enabled():  # somebody will differentiate again
-            found = torch.stack([*(formula(g, back, stride, prefix) for g in grads[:turning]), *grads[turning:]], dim=2)
-            return found, grad_turn, None, None, None, None
-        batch, tokens, heads, width = grads[0].shape
-        found = grads[0].new_empty(batch, tokens, len(grads), heads, width)
-        for i, grad in enumerate(grads):
-            if i < turning:
-                _turn(grad[:, :, None], back, stride, prefix, found[:, :, i : i + 1])
+            found = torch.stack([*(formula(g, back, stride, prefix) for g in there[:turning]), *there[turning:]], dim=2)
+        else:
+            batch, tokens, heads, width = there[0].shape
+            found = there[0].new_empty(batch, tokens, len(there), heads, width)
+            outs = found.unbind(2)
+            if turned and not turn.is_cuda:
+                angle = _turn_back(turned, there, back, stride, prefix, outs)
             else:
-                found[:, :, i].copy_(grad)
-        return found, grad_turn, None, None, None, None
+                for grad, out in zip(there[:turning], outs, strict=False):
+                    _turn(grad, back, stride, prefix, out)
+            for grad, out in zip(there[turning:], outs[turning:], strict=True):
+                out.copy_(grad)
+        if turned and angle is None:
+            angle = _angle_gradient(turned, there, turn, stride, prefix)
+        return found, None if angle is None else _along_circle(turn, angle), None, None, None, None
 
 
 def _rotated(x: Tensor, turn: Tensor, turning: int, stride: int, prefix: int, overwrite: bool) -> tuple[Tensor, ...]:
-    part = x[:, :, :turning]
-    out = part if overwrite else torch.empty_like(part, memory_format=torch.contiguous_format)
+    part = x[:, :, :turning] if turning < x.shape[2] else x
+    if overwrite:
+        _turn(part, turn, stride, prefix, part)
+        return x.transpose(1, 3).unbind(2)
+    out = torch.empty_like(part, memory_format=torch.contiguous_format)
     _turn(part, turn, stride, prefix, out)
-    return tuple(group.transpose(1, 2) for group in (*out.unbind(2), *x[:, :, turning:].unbind(2)))
+    return (*out.transpose(1, 3).unbind(2), *x[:, :, turning:].transpose(1, 3).unbind(2))
 
 
 def _turn(x: Tensor, turn: Tensor, stride: int, prefix: int, out: Tensor) -> None:
-    """Write x (B, N, G, H, D) turned into `out`, which may be x itself."""
-    width, low = 2 * turn.shape[-2], x.dtype in (torch.float16, torch.bfloat16)
-    if out is not x:
-        out[:, :prefix].copy_(x[:, :prefix])
-        out[:, prefix:, ..., width:].copy_(x[:, prefix:, ..., width:])
-    x, out = x[:, prefix:, ..., :width], out[:, prefix:, ..., :width]
+    """Write x (B, N, H, D) or (B, N, G, H, D), turned, into `out`, which may be x itself."""
+    x, out = _places(x, turn, prefix, out)
     if x.is_cuda and (kernel := _kernel()) is not None and kernel.usable(x):
         kernel.turn_pairs(x, turn, stride, out)
-        return
-    turn = turn[:, :, None]
-    if (low or width < 64) and len(x) > 2 and 4 * x[0].numel() < SCRATCH:
-        turn = turn.expand(-1, -1, *x.shape[2:4], -1, -1).contiguous()  # one long loop where there were many short ones
-    (_through_float32 if low else _product)(x, turn, stride, out)
+    elif _low(x):
+        parts, places = ((t.unbind(2) if t.ndim == 5 else (t,)) for t in (x, out))
+        turn = _fitted(turn, parts[0])
+        for part, place in zip(parts, places, strict=True):
+            _through_float32(part, turn, stride, place)
+    else:
+        _product(x, _fitted(turn, x), stride, out)
+
+
+def _places(x: Tensor, turn: Tensor, prefix: int, out: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens and channels of x and of out that turn; the others are copied. Where out is x, it stays so."""
+    width = 2 * turn.shape[-2]
+    if out is x:
+        out = x = _turning(x, width, prefix)
+        return x, out
+    if prefix:
+        out[:, :prefix].copy_(x[:, :prefix])
+    if width < x.shape[-1]:
+        out[..., width:].copy_(x[..., width:])
+    return _turning(x, width, prefix), _turning(out, width, prefix)
+
+
+def _turning(x: Tensor, width: int, prefix: int) -> Tensor:
+    x = x[:, prefix:] if prefix else x
+    return x[..., :width] if width < x.shape[-1] else x
+
+
+def _fitted(turn: Tensor, x: Tensor) -> Tensor:
+    """The turn, broadcastable to x; of the size of a sample where one long loop then replaces many short ones."""
+    if x.ndim == 5:
+        turn = turn[:, :, None]
+    if (_low(x) or x.shape[-1] < 64) and len(x) > 2 and _bytes(x) < SCRATCH:
+        turn = turn.expand(-1, -1, *x.shape[2:-1], -1, -1).contiguous()
+    return turn
 
 
 def _through_float32(x: Tensor, turn: Tensor, stride: int, out: Tensor) -> None:
-    samples = len(x) if x.is_cuda else max(1, SCRATCH // max(1, 4 * x[0].numel()))
-    scratch = torch.empty(min(samples, len(x)), *x.shape[1:], dtype=torch.float32, device=x.device)
-    pairs = as_complex(scratch)  # once: for every piece, the views would take a tenth of its time
+    samples = _samples(x, SCRATCH)
+    pairs = torch.empty(samples, *x.shape[1:-1], x.shape[-1] // 2, dtype=torch.complex64, device=x.device)
+    scratch = pairs.view(torch.float32)
     turn = torch.view_as_complex(turn) if stride == 1 else turn
-    angles = turn.split(samples) if len(turn) > 1 else [turn] * len(x)
-    for part, angle, place in zip(x.split(samples), angles, out.split(samples), strict=False):
+    parts, places, turns = (_split(t, samples, len(x)) for t in (x, out, turn))
+    for part, place, angle in zip(parts, places, turns, strict=False):
         if len(part) < len(scratch):  # the last piece
             scratch, pairs = scratch[: len(part)], pairs[: len(part)]
         scratch.copy_(part)
@@ -202,6 +178,28 @@ def _through_float32(x: Tensor, turn: Tensor, stride: int, out: Tensor) -> None:
         else:
             _product(scratch, angle, stride, scratch)
         place.copy_(scratch)
+
+
+def _samples(x: Tensor, room: int) -> int:
+    """How many samples of x to take at a time, in pieces of one size, whose float32 numbers fit in so many bytes."""
+    most = len(x) if x.is_cuda else max(1, room // max(1, _bytes(x)))
+    return math.ceil(len(x) / math.ceil(len(x) / most)) if len(x) else 0
+
+
+def _split(x: Tensor, samples: int, batch: int) -> Sequence[Tensor]:
+    """Pieces of so many samples, or x itself for each if all samples share it."""
+    if len(x) < batch:
+        return [x] * batch
+    return x.split(samples) if samples < batch else (x,)
+
+
+def _bytes(x: Tensor) -> int:
+    """Of a sample, in float32."""
+    return 4 * (x.numel() // max(1, len(x)))
+
+
+def _low(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
 
 
 @functools.cache
@@ -213,7 +211,7 @@ def _kernel() -> Any:
 def _product(x: Tensor, turn: Tensor, stride: int, out: Tensor) -> None:
     if stride == 1:
         target = as_complex(out)
-        torch.mul(as_complex(x), torch.view_as_complex(turn.to(x.dtype)), out=target)
+        torch.mul(target if out is x else as_complex(x), torch.view_as_complex(turn.to(x.dtype)), out=target)
         if target.data_ptr() != out.data_ptr():
             out.copy_(torch.view_as_real(target).flatten(-2))
         return
@@ -227,32 +225,74 @@ def _product(x: Tensor, turn: Tensor, stride: int, out: Tensor) -> None:
 
 def as_complex(x: Tensor) -> Tensor:
     """The pairs (…, R) of interleaved channels x (…, 2R) as complex numbers, where they lie if that is possible."""
-    pairs = x.unflatten(-1, (-1, 2))
-    *outer, last = pairs.stride()
-    if last != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in outer):
-        pairs = pairs.clone(memory_format=torch.contiguous_format)  # contiguous() leaves one token as is
-    return torch.view_as_complex(pairs)
+    *outer, last = x.stride()
+    if last != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in outer):
+        x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves one token as is
+    return x.view(x.dtype.to_complex())
 
 
-def _turn_gradient(turned: Any, grads: Any, turn: Tensor, stride: int, prefix: int) -> Tensor:
-    """The gradient of the turn (B or 1, N, H or 1, R, 2) along its circle, from what was turned and its gradient.
+# ---- the gradient of angles -----------------------------------------------------------------------------------------
 
-    Of y = x t it is i t Im(conj(y) g) / |t|^2, summed over all that t turns; |t| is 1 but for a constant decay in it.
+
+def _turn_back(
+    turned: Sequence[Tensor], grads: Sequence[Tensor], back: Tensor, stride: int, prefix: int, outs: Sequence[Tensor]
+) -> Tensor:
+    """Write the grads (B, N, H, D) of what was turned, turned `back`, into `outs`, and return `_angle_gradient`.
+
+    Im(conj(y) g) is the sum of the two channels of y · (-i g), and where -i g is at hand, a product with i conj(t) is
+    all that it takes to turn it back. So it goes piece by piece through the caches once.
     """
+    width, own = 2 * back.shape[-2], len(back) > 1
+    like = _turning(grads[0], width, prefix)
+    batch, low = len(like), _low(like)
+    samples = _samples(like, SCRATCH // 2 if low else SCRATCH)
+    quarter = back.new_tensor([0.0, -1.0]).expand(1, 1, 1, width // 2, 2)  # -i
+    rest = _fitted(torch.view_as_real(torch.view_as_complex(back) * 1j), like)
+    sums = like.new_zeros(batch if own else samples, *like.shape[1:], dtype=_precise(like))
+    room = [sums.new_empty(samples, *like.shape[1:]) for _ in range(2)] if low else []
+    tables = [_split(t, samples, batch) for t in (rest, sums)]
+    for y, grad, out in zip(turned, grads, outs, strict=False):
+        grad, out = _places(grad, back, prefix, out)
+        pieces = [_split(t, samples, batch) for t in (_turning(y, width, prefix), grad, out)]
+        for y, g, place, angle, total in zip(*pieces, *tables, strict=False):
+            scratch = place
+            if low:
+                y, g = (t[: len(g)].copy_(part) for t, part in zip(room, (y, g), strict=True))
+                scratch = g
+            _product(g, quarter, stride, scratch)
+            total[: len(g)].addcmul_(y, scratch)
+            _product(scratch, angle, stride, scratch)
+            if low:
+                place.copy_(scratch)
+    a, b = (sums if own else sums.sum(dim=0, keepdim=True)).unflatten(-1, (-1, 2, stride)).unbind(-2)
+    return _shared((a + b).flatten(-2), back)
+
+
+def _angle_gradient(
+    turned: Sequence[Tensor], grads: Sequence[Tensor], turn: Tensor, stride: int, prefix: int
+) -> Tensor:
+    """The gradient (B or 1, N, H or 1, R) of the angles by which y (B, N, H, D) were turned: Im(conj(y) g), summed."""
     angle: Any = 0
-    for y, grad in zip(turned, grads, strict=True):  # (B, N, H, D)
-        samples = len(y) if y.is_cuda else max(1, 4 * SCRATCH // max(1, 4 * y[0].numel()))  # sums want longer pieces
-        shared = len(turn) == 1
-        found = []
-        for part, back in zip(y.split(samples), grad.split(samples), strict=True):
-            pairs, back = (_pairs(t[:, prefix:, :, : 2 * turn.shape[-2]], stride) for t in (part, back))
-            some = torch.linalg.vecdot(pairs, back, dim=0).imag[None] if shared else (pairs.conj() * back).imag
-            found.append(some if turn.shape[2] > 1 else some.sum(dim=2, keepdim=True))
-        angle = angle + (sum(found) if shared else torch.cat(found))
-    across = torch.stack((-turn[..., 1], turn[..., 0]), dim=-1) / turn.square().sum(dim=-1, keepdim=True)  # i t / |t|^2
-    return across * angle[..., None].to(turn.dtype)
+    for pair in zip(turned, grads, strict=False):
+        parts = (_turning(t, 2 * turn.shape[-2], prefix).to(_precise(t)) for t in pair)
+        (a, b), (c, d) = (part.unflatten(-1, (-1, 2, stride)).unbind(-2) for part in parts)
+        angle = angle + _shared((a * d - b * c).flatten(-2), turn)
+    return angle
 
 
-def _pairs(x: Tensor, stride: int) -> Tensor:
-    x = x if x.dtype == torch.float64 else x.float()
-    return as_complex(x) if stride == 1 else torch.complex(*x.unflatten(-1, (-1, 2, stride)).unbind(-2)).flatten(-2)
+def _shared(angle: Tensor, turn: Tensor) -> Tensor:
+    """Summed over the samples and heads that a turn serves."""
+    if len(turn) < len(angle):
+        angle = angle.sum(dim=0, keepdim=True)
+    return angle.sum(dim=2, keepdim=True) if turn.shape[2] < angle.shape[2] else angle
+
+
+def _along_circle(turn: Tensor, angle: Tensor) -> Tensor:
+    """The gradient i t a / |t|^2 of turns t from that of their angles, a; |t| is 1 but for a constant decay in it."""
+    circle = torch.view_as_complex(turn)
+    angle = angle.to(turn.dtype) / (circle * circle.conj()).real
+    return torch.view_as_real(circle * torch.complex(torch.zeros_like(angle), angle))
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

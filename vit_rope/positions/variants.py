@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from .base import Layout
 from .encoding import Encoding, Side
 from .rotary import Pairs, Rotary, axial, turning
-from .rotation import angles
 from .specs import register
+from .turns import angles
 
 
 @register
