@@ -249,19 +249,18 @@ def _turn_back(
     quarter = back.new_tensor([0.0, -1.0]).expand(1, 1, 1, width // 2, 2)  # -i
     rest = _fitted(torch.view_as_real(torch.view_as_complex(back) * 1j), like)
     sums = like.new_zeros(batch if own else samples, *like.shape[1:], dtype=_precise(like))
-    room = [sums.new_empty(samples, *like.shape[1:]) for _ in range(2)] if low else []
+    room = [sums.new_empty(samples, *like.shape[1:]) for _ in range(2 if low else 1)]
     tables = [_split(t, samples, batch) for t in (rest, sums)]
     for y, grad, out in zip(turned, grads, outs, strict=False):
         grad, out = _places(grad, back, prefix, out)
         pieces = [_split(t, samples, batch) for t in (_turning(y, width, prefix), grad, out)]
         for y, g, place, angle, total in zip(*pieces, *tables, strict=False):
-            scratch = place
+            scratch, *other = (t[: len(g)] for t in room)
             if low:
-                y, g = (t[: len(g)].copy_(part) for t, part in zip(room, (y, g), strict=True))
-                scratch = g
+                g, y = scratch.copy_(g), other[0].copy_(y)
             _product(g, quarter, stride, scratch)
             total[: len(g)].addcmul_(y, scratch)
-            _product(scratch, angle, stride, scratch)
+            _product(scratch, angle, stride, scratch if low else place)
             if low:
                 place.copy_(scratch)
     a, b = (sums if own else sums.sum(dim=0, keepdim=True)).unflatten(-1, (-1, 2, stride)).unbind(-2)

@@ -39,7 +39,8 @@ class MapLayout(Layout):
         return self.head
 
     def coords(self, shape: Sequence[int] | None = None, device: torch.device | None = None) -> Tensor:
-        return super().coords(shape, device) * self.stride
+        coords = super().coords(shape, device)
+        return coords if self.stride == 1 else coords * self.stride
 
     def cell(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         return super().cell(coords / self.stride, grid)
