@@ -128,10 +128,7 @@ def _turn(x: Tensor, turn: Tensor, stride: int, prefix: int, out: Tensor) -> Non
     if x.is_cuda and (kernel := _kernel()) is not None and kernel.usable(x):
         kernel.turn_pairs(x, turn, stride, out)
     elif _low(x):
-        parts, places = ((t.unbind(2) if t.ndim == 5 else (t,)) for t in (x, out))
-        turn = _fitted(turn, parts[0])
-        for part, place in zip(parts, places, strict=True):
-            _through_float32(part, turn, stride, place)
+        _through_float32(x, turn, stride, out)
     else:
         _product(x, _fitted(turn, x), stride, out)
 
@@ -164,20 +161,27 @@ def _fitted(turn: Tensor, x: Tensor) -> Tensor:
 
 
 def _through_float32(x: Tensor, turn: Tensor, stride: int, out: Tensor) -> None:
-    samples = _samples(x, SCRATCH)
-    pairs = torch.empty(samples, *x.shape[1:-1], x.shape[-1] // 2, dtype=torch.complex64, device=x.device)
-    scratch = pairs.view(torch.float32)
-    turn = torch.view_as_complex(turn) if stride == 1 else turn
-    parts, places, turns = (_split(t, samples, len(x)) for t in (x, out, turn))
-    for part, place, angle in zip(parts, places, turns, strict=False):
-        if len(part) < len(scratch):  # the last piece
-            scratch, pairs = scratch[: len(part)], pairs[: len(part)]
-        scratch.copy_(part)
-        if stride == 1:
-            pairs.mul_(angle)
-        else:
-            _product(scratch, angle, stride, scratch)
-        place.copy_(scratch)
+    """Group by group and piece by piece, in room that is taken once, for memory at hand is faster than new."""
+    groups, outs = ((t.unbind(2) if t.ndim == 5 else (t,)) for t in (x, out))
+    like, samples = groups[0], _samples(groups[0], SCRATCH)
+    spread = stride == 1 and len(turn) == 1 and turn.shape[2] < like.shape[2]
+    room = like.new_empty(samples + spread, *like.shape[1:-1], like.shape[-1] // 2, dtype=torch.complex64)
+    if stride == 1:
+        turn = torch.view_as_complex(turn)
+    if spread:  # to all heads: one long loop where there were many short ones
+        turn = room[samples:].copy_(turn)
+    for x, out in zip(groups, outs, strict=True):
+        pairs, scratch = room[:samples], room[:samples].view(torch.float32)
+        parts, places, turns = (_split(t, samples, len(x)) for t in (x, out, turn))
+        for part, place, angle in zip(parts, places, turns, strict=False):
+            if len(part) < samples:  # the last piece
+                pairs, scratch = pairs[: len(part)], scratch[: len(part)]
+            scratch.copy_(part)
+            if stride == 1:
+                pairs.mul_(angle)
+            else:
+                _product(scratch, angle, stride, scratch)
+            place.copy_(scratch)
 
 
 def _samples(x: Tensor, room: int) -> int:
