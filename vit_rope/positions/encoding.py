@@ -82,7 +82,7 @@ def turns_alike(encoding: Encoding) -> bool:
     """Whether queries and keys turn alike, and nothing else happens to them or to values and outputs."""
     q, k, v, out = encoding[:4]
     other = (q.basis, q.extra, *v, *out, of_content(encoding), encoding.polar)
-    return k is None and bool(q.turn or q.angles) and not any(other)
+    return k is None and _turns(q) and not any(other)
 
 
 def of_content(encoding: Encoding) -> list[Relative]:
@@ -156,11 +156,11 @@ def tables(side: Side) -> list[Tensor]:
 
 
 def _turns(side: Side) -> bool:
-    return bool(side.turn or side.angles)
+    return len(side.turn or side.angles or ()) > 0  # not bool(): dynamo of torch 2.9 takes none of a list
 
 
 def _mixes(a: Encoding, b: Encoding) -> bool:
-    return bool(a.q.basis) and bool(b.q.basis or _turns(b.q))
+    return len(a.q.basis or ()) > 0 and (len(b.q.basis or ()) > 0 or _turns(b.q))
 
 
 def _both(a: Side, b: Side) -> Side:
