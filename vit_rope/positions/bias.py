@@ -63,6 +63,8 @@ class Bias(Position):
 
 def length(delta: Tensor, distance: str) -> Tensor:
     """Lengths (…) of displacements (…, A)."""
+    if delta.shape[-1] == 1:  # where all distances are one, and compiled graphs of torch 2.9 have no norm
+        return delta[..., 0].abs()
     return delta.norm(dim=-1) if distance == "euclidean" else delta.abs().sum(dim=-1)
 
 
