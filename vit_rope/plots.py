@@ -107,9 +107,10 @@ def plot_ratios(found: "Sequence[Ratio]", out: Path) -> Path:
     axes.set(title="What each took, against what was measured beside it", xlabel="ratio (median and quartiles)")
     axes.set(ylim=(len(lines) - 0.5, -0.5))
     axes.set_yticks(range(len(lines)), lines)
-    if max(r.high for r in found) > 3 * min(r.low for r in found):
+    wide = max(r.high for r in found) / min(r.low for r in found)
+    if wide > 3:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide < 1000 else (1,)))  # more would not fit
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
     axes.grid(axis="x", alpha=0.3)
