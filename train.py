@@ -10,6 +10,6 @@ if __name__ == "__main__":
     # waiting threads soon sleep; by default they spin, which on cores that other work shares is several times slower
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
 
-    from vit_rope.training.cli import main
+    from vit_rope.cli.fit import main
 
     main()

@@ -17,15 +17,15 @@ VERBS = {
     "bench": "measure speed as ratios: bench rotate --out rotate.csv",
     "plot": "draw a picture: plot kernel axial mixed --out kernel.png, or plot study TABLE.csv",
 }
-HOMES = {  # modules whose main() takes the arguments after the verb, or with it
-    "fit": "training.cli",
-    "validate": "training.cli",
-    "test": "training.cli",
-    "sample": "sampling",
-    "quality": "training.quality",
-    "schemes": "catalogue",
+HOMES = {  # the file of cli/ of each verb
+    "fit": "fit",
+    "validate": "fit",
+    "test": "fit",
+    "sample": "sample",
+    "quality": "quality",
+    "schemes": "schemes",
     "bench": "bench",
-    "plot": "plots",
+    "plot": "plot",
 }
 
 
@@ -34,8 +34,8 @@ def main(args: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else list(args)
     verb = given[0] if given else "--help"
     if verb in VERBS:
-        home = importlib.import_module(f"vit_rope.{HOMES[verb]}")
-        home.main(args if HOMES[verb] == "training.cli" else given[1:])  # which raises at a caller, not at a terminal
+        home = importlib.import_module(f"vit_rope.cli.{HOMES[verb]}")
+        home.main(args if HOMES[verb] == "fit" else given[1:])  # which raises at a caller, not at a terminal
         return
     lines = [f"  {name:<10} {text}" for name, text in VERBS.items()]
     text = "\n".join(["usage: vit-rope VERB …", "", *lines, "", "vit-rope VERB --help tells each verb's options"])

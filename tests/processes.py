@@ -45,7 +45,7 @@ def fork(args: list[str], env: dict[str, str], log: str) -> int:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        from vit_rope.training.cli import main
+        from vit_rope.cli.fit import main
 
         main(args)
         code = 0
@@ -106,7 +106,7 @@ def ranks(count: int, args: list[str]) -> int:
 if __name__ == "__main__":
     import diffusers  # noqa: F401 - once for all children
 
-    from vit_rope.training import Classification, Diffusion, cli  # noqa: F401
+    from vit_rope.cli import fit  # noqa: F401
 
     verb, number, *rest = sys.argv[1:]
     if verb == "kill":

@@ -8,14 +8,14 @@ import torch
 from torch.nn import functional as F
 
 from tests import oracles
-from vit_rope.attention import attend, attend_packed
+from vit_rope.attention import attend, attend_qkv
 from vit_rope.positions import Encoding, Layout, build
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import Relative, Side
+from vit_rope.positions.encoding import RelativeTerm, Transform
 
 COORDS = grid((2, 3)).double()
 ROTARY = build("mixed", Layout(width=16, heads=2, grid=(2, 3), depth=3))(COORDS, prefix=1)
-FIXED = ROTARY._replace(q=Side(turn=[turn.detach() for turn in ROTARY.q.turn]))
+FIXED = ROTARY._replace(q=Transform(turn=[turn.detach() for turn in ROTARY.q.turn]))
 
 
 def qkv(tokens=7, dtype=torch.float64):
@@ -69,13 +69,13 @@ def test_attend_is_the_loop(fused, encoding, masking):
 def test_packed_is_the_same_function(encoding):
     packed = torch.randn(2, 7, 48)
     q, k, v = packed.view(2, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
-    torch.testing.assert_close(attend_packed(packed, 2, encoding, 1), attend(q, k, v, encoding, 1), rtol=0, atol=0)
+    torch.testing.assert_close(attend_qkv(packed, 2, encoding, 1), attend(q, k, v, encoding, 1), rtol=0, atol=0)
 
 
 def test_packed_leaves_its_input_alone():
     packed = torch.randn(2, 7, 48)
     kept = packed.clone()
-    attend_packed(packed, 2, ROTARY)
+    attend_qkv(packed, 2, ROTARY)
     assert torch.equal(packed, kept)
 
 
@@ -133,11 +133,13 @@ def test_dropout_drops():
             "places 8 tokens, but there are 7 keys",
         ),
         (
-            lambda: attend(*qkv(), Encoding(terms=[[Relative(torch.ones(1, 1, 8), torch.zeros(1, 7, 6).long(), "v")]])),
+            lambda: attend(
+                *qkv(), Encoding(terms=[[RelativeTerm(torch.ones(1, 1, 8), torch.zeros(1, 7, 6).long(), "v")]])
+            ),
             "places 6 tokens, but there are 7 keys",
         ),
         (
-            lambda: attend_packed(torch.zeros(1, 7, 50), 2, ROTARY),
+            lambda: attend_qkv(torch.zeros(1, 7, 50), 2, ROTARY),
             "50 channels do not divide into queries, keys and values of 2 heads",
         ),
     ],
@@ -164,8 +166,8 @@ def test_bases_are_matrices_of_heads_their_blocks_or_one_for_all_tokens(shared, 
             y[b, h, n + 1] = x[b, h, n + 1] @ dense[b % len(dense), n, h % dense.shape[2]]
     want = attend(*turned, v, Encoding())
     for basis in (blocks, dense):
-        got = attend(q, k, v, Encoding(Side(basis=[basis]), prefix=(1, 1)))
+        got = attend(q, k, v, Encoding(Transform(basis=[basis]), prefix=(1, 1)))
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     own = torch.randn(3, 8, 8, generator=generator, dtype=torch.float64)
-    got = attend(q, k, v, Encoding(Side(basis=[own]), prefix=(1, 1)))
+    got = attend(q, k, v, Encoding(Transform(basis=[own]), prefix=(1, 1)))
     torch.testing.assert_close(got, attend(q @ own, k @ own, v, Encoding()), rtol=0, atol=1e-12)

@@ -24,12 +24,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.helpers import CLASSIFIER, CONFIG
+from vit_rope import files
+from vit_rope.cli.fit import main
 from vit_rope.positions import Layout, Position, build, schemes
-from vit_rope.training import checkpoints
-from vit_rope.training.cli import main
-from vit_rope.training.images import read_image
-
-from .test_resume import CLASSIFIER, CONFIG
+from vit_rope.training import classification
+from vit_rope.training.data.files import read_image
 
 NUMBER = int(os.environ.get("VIT_ROPE_FUZZ", "0"))
 COUNTS: dict[str, Counter] = {}
@@ -152,7 +152,7 @@ FILES = [saved({"state_dict": {"a": torch.ones(3)}, "config": "x: 1"}), pickle.d
 def test_checkpoint_bytes(tmp_path, file, places, cut):
     path = tmp_path / "x.ckpt"
     path.write_bytes(changed(FILES[file], places, cut) if isinstance(file, int) else file)
-    attempt("checkpoint bytes", lambda: checkpoints.read(path))
+    attempt("checkpoint bytes", lambda: files.read(path))
 
 
 # State dicts
@@ -189,7 +189,7 @@ def test_state_dicts(tmp_path, made, key, prefixed):
                 content[value] = old
     content = {f"model.{name}": value for name, value in content.items()} if prefixed else content
     torch.save({key: content} if key else content, tmp_path / "x.ckpt")
-    attempt("state dicts", lambda: checkpoints.load_weights(model, str(tmp_path / "x.ckpt"), "vit"))
+    attempt("state dicts", lambda: classification.load_weights(model, str(tmp_path / "x.ckpt"), "vit"))
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 

@@ -10,11 +10,11 @@ from timm.models._features_fx import create_feature_extractor
 
 from tests import oracles
 from vit_rope.attention import attend_linear
-from vit_rope.denoiser import RopeDiT
+from vit_rope.models.dit import RopeDiT
+from vit_rope.models.vit import RopeViT
 from vit_rope.positions import Encoding, Layout, build
 from vit_rope.positions.coords import grid
 from vit_rope.unet import RopeUNet2DModel, add_positions, remove_positions
-from vit_rope.vit import RopeViT
 
 SHAPE, PREFIX = (2, 3), 1
 FREQS = oracles.axial_frequencies([4, 4], 100, 2)
@@ -28,12 +28,12 @@ def loop(q, k, v, points, seen=None, turned_below=False):
     """Equation 19 of RoFormer for one head, a query and a key at a time; points None are tokens without a place."""
     seen = range(len(k)) if seen is None else seen
     q, k = ([torch.tensor([feature(float(c)) for c in row], dtype=torch.float64) for row in x] for x in (q, k))
-    turns = [torch.eye(8, dtype=torch.float64) if p is None else oracles.rotation_matrix(p, FREQS) for p in points]
+    cos_sin = [torch.eye(8, dtype=torch.float64) if p is None else oracles.rotation_matrix(p, FREQS) for p in points]
     out = []
     for i in range(len(q)):
         above, below = 0, 0
         for j in seen:
-            turned = float((turns[i] @ q[i]) @ (turns[j] @ k[j]))
+            turned = float((cos_sin[i] @ q[i]) @ (cos_sin[j] @ k[j]))
             above, below = above + turned * v[j].double(), below + (turned if turned_below else float(q[i] @ k[j]))
         out.append(above / below)
     return torch.stack(out)

@@ -17,11 +17,11 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracles
-from tests.test_convert import images, randomised
+from tests.helpers import images, randomised
+from vit_rope.ops.rotate import rotate
 from vit_rope.positions import Layout, build
 from vit_rope.positions.coords import grid
 from vit_rope.positions.encoding import tables
-from vit_rope.positions.rotation import rotate
 
 NAME = "vit_rope_test_patch16_64"
 LAYOUT = Layout(16, 2, (2, 3))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks
 
-from .positions.encoding import Encoding, Relative, Side, of_content, place_bias, turns_alike
-from .positions.rotation import rotate, rotate_groups
-from .positions.turns import turns
+from .ops.rotate import rotate, rotate_groups
+from .ops.tables import cos_sin
+from .positions.encoding import Encoding, RelativeTerm, Transform, bias_at, content_terms, rotates_only
 
 T = TypeVar("T")
 
@@ -48,14 +48,14 @@ def attend(
     bias = _bias(q, k, encoding, terms, scale, layer)
     if bias is not None:
         mask, causal = _with_mask(bias.to(v.dtype), mask, causal), False
-    side_k, overwrite = encoding.q if encoding.k is None else encoding.k, overwrite and not of_content(encoding)
+    transform_k, overwrite = encoding.q if encoding.k is None else encoding.k, overwrite and not content_terms(encoding)
     q = _placed(q, encoding.q, encoding, layer, encoding.prefix[0], "queries", overwrite)
-    k = _placed(k, side_k, encoding, layer, encoding.prefix[1], "keys", overwrite)
+    k = _placed(k, transform_k, encoding, layer, encoding.prefix[1], "keys", overwrite)
     v = _turned(v, encoding.v, encoding.stride, layer, encoding.prefix[1], "values")
     if k.shape[1] != v.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     if encoding.q.extra:
-        extra_q, extra_k = _entry(encoding.q.extra, layer), _entry(side_k.extra or [], layer)
+        extra_q, extra_k = _entry(encoding.q.extra, layer), _entry(transform_k.extra or [], layer)
         q, k = _beside(q * scale, extra_q, encoding.prefix[0]), _beside(k, extra_k, encoding.prefix[1])
         v, scale = F.pad(v, (0, extra_q.shape[-1])), 1.0  # flash kernels want heads of one width
     q, k = q.to(v.dtype), k.to(v.dtype)
@@ -70,7 +70,7 @@ def attend(
 
 @torch.fx.wrap
 @torch.jit.ignore
-def attend_packed(
+def attend_qkv(
     qkv: Tensor,
     heads: int,
     encoding: Encoding,
@@ -89,11 +89,11 @@ def attend_packed(
     if qkv.shape[-1] % (3 * heads):
         raise ValueError(f"{qkv.shape[-1]} channels do not divide into queries, keys and values of {heads} heads")
     groups = qkv.unflatten(-1, (3, heads, -1))
-    if turns_alike(encoding):
+    if rotates_only(encoding):
         prefix = encoding.prefix[0]
         turn = _table(encoding.q, layer, prefix, groups.shape[1], "queries")
         q, k, v = rotate_groups(groups, turn, 2, encoding.stride, prefix, overwrite)
-        encoding = encoding._replace(q=Side())
+        encoding = encoding._replace(q=Transform())
     else:
         q, k, v = groups.transpose(1, 3).unbind(2)
         overwrite = False  # of several views of one tensor autograd lets none be overwritten
@@ -141,9 +141,9 @@ def attend_features(q: Tensor, k: Tensor, v: Tensor, encoding: Encoding, layer: 
     an encoding that `check_linear` refuses.
     """
     check_linear(encoding)
-    side_k = encoding.q if encoding.k is None else encoding.k
+    transform_k = encoding.q if encoding.k is None else encoding.k
     q = _placed(q, encoding.q, encoding, layer, encoding.prefix[0], "queries", False)
-    k = _placed(k, side_k, encoding, layer, encoding.prefix[1], "keys", False)
+    k = _placed(k, transform_k, encoding, layer, encoding.prefix[1], "keys", False)
     v = _turned(v, encoding.v, encoding.stride, layer, encoding.prefix[1], "values")
     out = q @ (k.transpose(-2, -1) @ v)
     return _turned(out, encoding.out, encoding.stride, layer, encoding.prefix[0], "outputs")
@@ -157,16 +157,14 @@ def check_linear(encoding: Encoding) -> None:
         raise ValueError("linear attention has features of its own, so a scheme that makes others cannot place it")
 
 
-def unread(*projections: nn.Module) -> bool:
+def has_no_hooks(*projections: nn.Module) -> bool:
     """Whether nobody but attention sees what these modules give: a hook may keep it, as DINO's readers of keys do."""
     return not (_global_forward_hooks or any(module._forward_hooks for module in projections))
 
 
 # ---- what positions do to one side ----------------------------------------------------------------------------------
-
-
 def _placed(
-    x: Tensor, side: Side, encoding: Encoding, layer: int, prefix: int, what: str, overwrite: bool = False
+    x: Tensor, side: Transform, encoding: Encoding, layer: int, prefix: int, what: str, overwrite: bool = False
 ) -> Tensor:
     """Queries or keys (B, H, N, D) with their places in them."""
     if encoding.polar:  # each channel becomes a pair: its modulus, and a phase for the turn to give
@@ -175,7 +173,9 @@ def _placed(
     return _turned(x, side, encoding.stride, layer, prefix, what, overwrite)
 
 
-def _turned(x: Tensor, side: Side, stride: int, layer: int, prefix: int, what: str, overwrite: bool = False) -> Tensor:
+def _turned(
+    x: Tensor, side: Transform, stride: int, layer: int, prefix: int, what: str, overwrite: bool = False
+) -> Tensor:
     if side.basis:
         x = _in_basis(x, _entry(side.basis, layer), prefix, what)
     if side.turn or side.angles:
@@ -208,9 +208,9 @@ def _beside(x: Tensor, extra: Tensor, prefix: int) -> Tensor:
     return torch.cat((x, extra.expand(*x.shape[:-1], -1)), dim=-1)
 
 
-def _table(side: Side, layer: int, prefix: int, tokens: int, what: str) -> Tensor:
+def _table(side: Transform, layer: int, prefix: int, tokens: int, what: str) -> Tensor:
     """The turns (B, N, H, R, 2) of one layer, checked to speak of all tokens."""
-    table = _entry(side.turn, layer) if side.turn else turns(*_entry(side.angles or [], layer))[0]
+    table = _entry(side.turn, layer) if side.turn else cos_sin(*_entry(side.angles or [], layer))[0]
     _check(table.shape[1], prefix, tokens, what)
     return table
 
@@ -229,16 +229,14 @@ def _check(placed: int, prefix: int, tokens: int, what: str) -> None:
 
 
 # ---- logits ---------------------------------------------------------------------------------------------------------
-
-
 def _bias(
-    q: Tensor, k: Tensor, encoding: Encoding, terms: Sequence[Relative], scale: float, layer: int
+    q: Tensor, k: Tensor, encoding: Encoding, terms: Sequence[RelativeTerm], scale: float, layer: int
 ) -> Tensor | None:
     """What is added to the scaled logits (B, H, N, M), if anything: of place alone, and of content and place."""
     for table in (*(encoding.bias or ()), *(term.index for term in terms)):
         _check(table.shape[-2], 0, q.shape[2], "queries")
         _check(table.shape[-1], 0, k.shape[2], "keys")
-    bias = place_bias(encoding, layer)
+    bias = bias_at(encoding, layer)
     for term in terms:
         if term.on == "q":
             found = _of_index(q, term) * scale
@@ -250,7 +248,7 @@ def _bias(
     return bias
 
 
-def _of_index(x: Tensor, term: Relative) -> Tensor:
+def _of_index(x: Tensor, term: RelativeTerm) -> Tensor:
     """x_i · r_ij (B, H, N, M) of x (B, H, N, D): a product for each row of the table, of which each pair takes one."""
     products = F.pad(x @ term.table.to(x.dtype).transpose(-2, -1), (0, 1))  # (B, H, N, T + 1)
     index = term.index if term.index.ndim == 3 else term.index[None]
@@ -265,7 +263,7 @@ def _spelled_out(
     causal: bool,
     dropout: float,
     scale: float,
-    values: Sequence[Relative],
+    values: Sequence[RelativeTerm],
 ) -> Tensor:
     """Attention step by step, for exporters and for terms that act on the values, which need the weights."""
     if q.shape[1] != k.shape[1]:

@@ -1,11 +1,11 @@
 """Pictures: the only module that imports matplotlib."""
 
-import argparse
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -13,10 +13,17 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from .analysis import kernel
+from .bench.growth import KINDS
+from .bench.measure import Ratio
 from .positions import Layout, build
 
-if TYPE_CHECKING:
-    from .bench.measure import Ratio
+
+def slope(tokens: Sequence[int], values: Sequence[float]) -> float:
+    """The exponent of growth over the larger half of the sizes, by least squares on logarithms."""
+    half = len(tokens) // 2
+    x, y = ([math.log(v) for v in series[half:]] for series in (tokens, values))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
 def plot_kernel(
@@ -59,20 +66,26 @@ def plot_kernel(
     return path
 
 
-def plot_growth(curves: dict[str, dict[str, dict[int, float]]], out: Path) -> Path:
+def plot_growth(found: Sequence[Ratio], out: Path) -> Path:
     """Draw how time and memory of schemes grow with the number of tokens, with the slopes, and write a PNG.
 
-    `curves` has a panel by title, in it a curve by spec: for each number of tokens a value relative to the first.
+    `found` are rows of `bench growth`. Each kind of measurement gets a panel, in which each spec has a curve of values
+    relative to the smallest number of tokens.
     """
-    from .bench.growth import slope
-
+    curves: dict[str, dict[str, dict[int, float]]] = {}
+    for title in KINDS.values():
+        for row in found:
+            if row.group.startswith(f"{title}, "):
+                tokens = curves.setdefault(title, {}).setdefault(row.group.removeprefix(f"{title}, "), {})
+                tokens[int(row.candidate.split()[0])] = row.median
+    specs = list(dict.fromkeys(spec for some in curves.values() for spec in some))
     figure = Figure(figsize=(3.85 * len(curves), 3.9), layout="constrained")
     for axis, (title, some) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        for spec, found in some.items():
-            tokens, values = list(found), list(found.values())
-            label = f"{spec}: N^{slope(tokens, values):.2f}"
-            axis.loglog(tokens, values, color=f"C{_specs(curves).index(spec)}", marker="o", markersize=3, label=label)
-            axis.set_ylabel(f"relative to N = {tokens[0]}")
+        for spec, values in some.items():
+            label = f"{spec}: N^{slope(list(values), list(values.values())):.2f}"
+            style: dict[str, Any] = {"color": f"C{specs.index(spec)}", "marker": "o", "markersize": 3, "label": label}
+            axis.loglog(list(values), list(values.values()), **style)
+            axis.set_ylabel(f"relative to N = {min(values)}")
         axis.set(title=title.capitalize(), xlabel="tokens N")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, title="slope of the larger half")
@@ -81,11 +94,7 @@ def plot_growth(curves: dict[str, dict[str, dict[int, float]]], out: Path) -> Pa
     return out
 
 
-def _specs(curves: dict[str, dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(spec for some in curves.values() for spec in some))
-
-
-def plot_ratios(found: "Sequence[Ratio]", out: Path) -> Path:
+def plot_ratios(found: Sequence[Ratio], out: Path) -> Path:
     """Draw what each candidate took against the reference of its group, with quartiles, and write a PNG.
 
     The more numerous of groups and candidates have a line each, the others a colour.
@@ -121,7 +130,7 @@ def plot_ratios(found: "Sequence[Ratio]", out: Path) -> Path:
 
 
 def plot_study(table: str | Path, out: str = "study.png") -> Path:
-    """Draw the table of a study, of `python -m vit_rope.training.study`, with a column for each host; write a PNG.
+    """Draw the table of a study, of `vit-rope study`, with a column for each host; write a PNG.
 
     Lines and bars are means over the seeds, bands and dots the seeds themselves. The topmost panels are convergence
     curves; below come, where the table has them, the final loss by noise level, the Fréchet distance of samples and how
@@ -130,7 +139,7 @@ def plot_study(table: str | Path, out: str = "study.png") -> Path:
     with Path(table).open(newline="") as file:
         rows = [{key: _number(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     if not rows or not {"host", "position", "seed", "step", "val/loss"} <= set(rows[0]):
-        raise ValueError(f"{table} is no table of a study; python -m vit_rope.training.study writes one")
+        raise ValueError(f"{table} is no table of a study; vit-rope study writes one")
     hosts = _by(rows, "host")
     colours = {position: f"C{i}" for i, position in enumerate(_by(rows, "position"))}
     draws = {"val/loss": _draw_curves, "val/loss_t000": _draw_levels, "fd": _draw_distance, "parts": _draw_coherence}
@@ -216,22 +225,3 @@ def _by(rows: list[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]
     for row in rows:
         groups.setdefault(row[key], []).append(row)
     return groups
-
-
-def main(args: Sequence[str]) -> None:
-    """Run `vit-rope plot`."""
-    parser = argparse.ArgumentParser("vit-rope plot", description="Draw a picture of position schemes.")
-    pictures = parser.add_subparsers(dest="picture", required=True)
-    kernel = pictures.add_parser("kernel", help="what a displacement does to a score")
-    kernel.add_argument("specs", nargs="+", help='schemes, e.g. axial "mixed(base=10)" flat')
-    kernel.add_argument("--grid", nargs=2, type=int, default=(14, 14), metavar=("ROWS", "COLUMNS"))
-    study = pictures.add_parser("study", help="what training under each scheme came to")
-    study.add_argument("table", help="a CSV file of python -m vit_rope.training.study")
-    for picture in (kernel, study):
-        picture.add_argument("--out", help=f"the PNG to write (default: {picture.prog.split()[-1]}.png)")
-    options = vars(parser.parse_args(args))
-    draw = {"kernel": plot_kernel, "study": plot_study}[options.pop("picture")]
-    try:
-        print(draw(**{key: value for key, value in options.items() if value is not None}))
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ..block import RopeBlock
+from ..models.block import RopeBlock
 from ..positions import Layout, build
 from ..positions.coords import grid
 from .measure import Ratio, once, ratios

@@ -13,11 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-import vit_rope  # noqa: F401 - registers its models with timm
-
-from ..training.batches import Images, loader
-from ..training.data import Digits
-from ..training.folder import ImageFolder
+from ..training.data.folder import ImageFolder
+from ..training.data.in_memory import Digits, Images
+from ..training.data.loader import loader
 from .measure import Ratio, ratios
 from .model import BATCH, training
 
@@ -29,7 +27,7 @@ def bench(rounds: int = 15) -> list[Ratio]:
     """A batch of digits from memory, against one image at a time; a batch of photographs, against a step of ViT-S."""
     digits = Digits(batch_size=128)
     digits.setup()
-    singly = loader(Singly(Images(digits.splits["train"], batch=digits.augment)), "train", 128, 0, None)
+    singly = loader(OneByOne(Images(digits.splits["train"], batch=digits.augment)), "train", 128, 0, None)
     batches = {"one image at a time": _next(singly), "by indexing": _next(digits.train_dataloader())}
     found = ratios("128 digits from memory", batches, rounds, at_least=0.05)
     images, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(1000, (BATCH,))
@@ -43,7 +41,7 @@ def bench(rounds: int = 15) -> list[Ratio]:
         return found + ratios(f"{BATCH} photographs of {PHOTO[0]} x {PHOTO[1]}", runs, rounds)
 
 
-class Singly(Dataset[Any]):
+class OneByOne(Dataset[Any]):
     """The same images as most data sets give them, one by one, to be stacked."""
 
     def __init__(self, images: Images) -> None:

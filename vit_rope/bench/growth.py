@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
-from ..attention import attend_packed
+from ..attention import attend_qkv
 from ..positions import Layout, build
 from ..positions.coords import grid
 from .block import peak
@@ -33,27 +32,6 @@ def bench(specs: Sequence[str] = ("none", "axial", "mixed"), rounds: int = 5) ->
     return found
 
 
-def draw(found: Sequence[Ratio], out: Path) -> Path:
-    """A picture of the growth with tokens."""
-    from ..plots import plot_growth
-
-    curves: dict[str, dict[str, dict[int, float]]] = {}
-    for kind, title in KINDS.items():
-        for row in found:
-            if row.group.startswith(f"{title}, "):
-                tokens = curves.setdefault(kind, {}).setdefault(row.group.removeprefix(f"{title}, "), {})
-                tokens[int(row.candidate.split()[0])] = row.median
-    return plot_growth({KINDS[kind]: some for kind, some in curves.items()}, out)
-
-
-def slope(tokens: Sequence[int], values: Sequence[float]) -> float:
-    """The exponent of growth over the larger half of the sizes, by least squares on logarithms."""
-    half = len(tokens) // 2
-    x, y = ([math.log(v) for v in series[half:]] for series in (tokens, values))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-
-
 def _encoding(spec: str, sizes: tuple[int, ...], head: int = HEAD) -> Callable[[], object]:
     position = build(spec, Layout(HEADS * head, HEADS, sizes, 1))
 
@@ -70,6 +48,6 @@ def _attention(spec: str, sizes: tuple[int, ...]) -> Callable[[], object]:
 
     def run() -> None:
         with torch.no_grad():
-            attend_packed(qkv, HEADS, position(grid(sizes), grid=list(sizes)), overwrite=True)
+            attend_qkv(qkv, HEADS, position(grid(sizes), grid=list(sizes)), overwrite=True)
 
     return run

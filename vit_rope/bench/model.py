@@ -8,9 +8,7 @@ import timm
 import torch
 from torch import nn
 
-import vit_rope  # noqa: F401 - registers its models with timm
-
-from ..catalogue import fitting
+from ..analysis.catalogue import specs_for
 from ..positions import Layout
 from .measure import Ratio, ratios
 
@@ -28,7 +26,7 @@ def bench(specs: Sequence[str] = ("none", "axial", "mixed", "learned"), rounds: 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels = torch.randn(BATCH, 3, SIZE, SIZE, device=device), torch.randint(1000, (BATCH,), device=device)
     if "all" in specs:
-        specs = fitting(Layout(384, 6, (SIZE // 16, SIZE // 16), 12))
+        specs = specs_for(Layout(384, 6, (SIZE // 16, SIZE // 16), 12))
     models: dict[str, Any] = {PLAIN: timm.create_model("vit_small_patch16_224")}
     for spec in dict.fromkeys(("none", *specs)):
         models[spec] = timm.create_model("vit_rope_small_patch16_224", position=spec)

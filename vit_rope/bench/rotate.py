@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..ops.rotate import rotate_groups
 from ..positions import Layout, build
-from ..positions.rotation import rotate_groups
 from .measure import Ratio, ratios
 from .peers import HEAD, Turn, installed, peers
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingMixed
 
-from ..block import RopeBlock
+from ..models.block import RopeBlock
 from ..positions import Layout, build
 from ..positions.coords import grid
 from ..positions.encoding import tables

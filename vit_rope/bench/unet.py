@@ -20,7 +20,7 @@ def bench(specs: Sequence[str] = ("none", "axial", "mixed", "learned"), rounds: 
     """A training step and a sampling step of U-Nets with positions, against diffusers' own U-Net without."""
     from diffusers import UNet2DModel
 
-    from ..unet import add_positions
+    from ..unet.models import add_positions
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []

@@ -208,3 +208,12 @@ class Sum(Position):
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         encodings = (cast(Position, part).encode(coords, key_coords, grid) for part in self.parts)
         return functools.reduce(combine, encodings, Encoding())
+
+
+def check_pairs(name: str, channels: int, axes: int) -> int:
+    """How many pairs of channels each axis gets; ValueError where it is none."""
+    if channels < 2 * axes:
+        raise ValueError(
+            f"{name} needs a pair of channels for each of {axes} axes, got {channels}; use {2 * axes} or more"
+        )
+    return channels // (2 * axes)

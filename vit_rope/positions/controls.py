@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .base import Layout
-from .generators import Exponential, exponential
-from .rotary import Pairs, Rotary, axial, geometric
+from ..ops.tables import angles
+from .base import Layout, Position
+from .rotary.axial import axial
+from .rotary.base import Pairs, Rotary, geometric
+from .rotary.generators import Exponential, exponential
 from .specs import register
-from .turns import angles
 
 
 @register
@@ -111,3 +112,9 @@ class Orthogonal(Exponential):
         sign = (math.pi * coords.sum(dim=-1)).cos().reshape(1, -1, coords.shape[-2], 1, 1)  # real part of (-1)^(y + x)
         mirror = torch.stack((torch.ones_like(sign), torch.zeros_like(sign), torch.zeros_like(sign), sign), dim=-1)
         return torch.cat((turn[..., :-1, :, :], mirror.unflatten(-1, (2, 2))), dim=-3)
+
+
+@register
+def none(layout: Layout) -> Position:
+    """No positions at all: the honest baseline, for which tokens form a set."""
+    return Position()

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .turns import turns
+from ..ops.tables import cos_sin
 
 T = TypeVar("T")
 
 
-class Angles(NamedTuple):
+class DeferredRotation(NamedTuple):
     """What a table of turns is made of by attention itself, where tables for all layers at once would be too large.
 
     freqs (1, H, A, R), coords (N, A) or (B, N, A), and the grid that they are the whole of, if any.
@@ -29,7 +29,7 @@ class Angles(NamedTuple):
     grid: list[int] | None
 
 
-class Side(NamedTuple):
+class Transform(NamedTuple):
     """What happens to the queries, keys or values of an attention, or to its output, in this order.
 
     `basis`: matrices (B, N, H, D, E) that channels are multiplied by, or blocks on their diagonals (B, N, H, S, b, c);
@@ -40,11 +40,11 @@ class Side(NamedTuple):
 
     basis: list[Tensor] | None = None
     turn: list[Tensor] | None = None
-    angles: list[Angles] | None = None
+    angles: list[DeferredRotation] | None = None
     extra: list[Tensor] | None = None
 
 
-class Relative(NamedTuple):
+class RelativeTerm(NamedTuple):
     """A term that a pair of tokens looks up: r_ij is row index_ij (B or 1, N, M) of a table (H or 1, T, D), 0 for T.
 
     `on` "q": q_i · r_ij joins the logits, scaled as q · k is; "k": k_j · r_ij does; "v": the output of token i gains
@@ -66,31 +66,31 @@ class Encoding(NamedTuple):
     queries and keys in front have no place; tables have no rows for them, biases and indices do.
     """
 
-    q: Side = Side()
-    k: Side | None = None
-    v: Side = Side()
-    out: Side = Side()
+    q: Transform = Transform()
+    k: Transform | None = None
+    v: Transform = Transform()
+    out: Transform = Transform()
     bias: list[Tensor] | None = None
-    terms: list[list[Relative]] | None = None
+    terms: list[list[RelativeTerm]] | None = None
     scale: float = 1.0
     polar: bool = False
     stride: int = 1
     prefix: tuple[int, int] = (0, 0)
 
 
-def turns_alike(encoding: Encoding) -> bool:
+def rotates_only(encoding: Encoding) -> bool:
     """Whether queries and keys turn alike, and nothing else happens to them or to values and outputs."""
     q, k, v, out = encoding[:4]
-    other = (q.basis, q.extra, *v, *out, of_content(encoding), encoding.polar)
+    other = (q.basis, q.extra, *v, *out, content_terms(encoding), encoding.polar)
     return k is None and _turns(q) and not any(other)
 
 
-def of_content(encoding: Encoding) -> list[Relative]:
+def content_terms(encoding: Encoding) -> list[RelativeTerm]:
     """The terms, of all layers, for which the content of tokens counts."""
     return [term for layer in encoding.terms or [] for term in layer if term.on != "place"]
 
 
-def place_bias(encoding: Encoding, layer: int = 0) -> Tensor | None:
+def bias_at(encoding: Encoding, layer: int = 0) -> Tensor | None:
     """What place alone adds to the scaled logits (B, H, N, M) of a layer, if anything."""
     found = encoding.bias[layer % len(encoding.bias)] if encoding.bias else None
     for table, index, on in encoding.terms[layer % len(encoding.terms)] if encoding.terms else []:
@@ -113,7 +113,7 @@ def after(encoding: Encoding, prefix: int, key_prefix: int) -> Encoding:
     return encoding._replace(k=k, bias=bias, terms=terms, prefix=(prefix, key_prefix))
 
 
-def _pad(term: Relative, pad: tuple[int, ...]) -> Relative:
+def _pad(term: RelativeTerm, pad: tuple[int, ...]) -> RelativeTerm:
     none = term.table.shape[-2]  # padded as 0, for a value to pad with would be a constant of a compiled graph
     return term._replace(index=F.pad(term.index - none, pad) + none)
 
@@ -123,8 +123,8 @@ def combine(a: Encoding, b: Encoding) -> Encoding:
 
     Raises ValueError where the two cannot act on the same channels.
     """
-    turning = [part for part in (a, b) if _turns(part.q) or _turns(part.v)]
-    if len({part.stride for part in turning}) > 1:
+    rotating = [part for part in (a, b) if _turns(part.q) or _turns(part.v)]
+    if len({part.stride for part in rotating}) > 1:
         raise ValueError("rotations of interleaved and of half pairs do not commute; give both the same `pairs`")
     if a.polar or b.polar or _mixes(a, b) or _mixes(b, a):
         raise ValueError("schemes that remake the channels of queries and keys cannot be summed with other rotations")
@@ -139,7 +139,7 @@ def combine(a: Encoding, b: Encoding) -> Encoding:
         each(torch.add, a.bias, b.bias),
         each(lambda s, t: [*s, *t], a.terms, b.terms),
         a.scale * b.scale,
-        stride=turning[0].stride if turning else 1,
+        stride=rotating[0].stride if rotating else 1,
     )
 
 
@@ -150,12 +150,12 @@ def each(function: Callable[[T, T], T], a: list[T] | None, b: list[T] | None) ->
     return [function(a[i % len(a)], b[i % len(b)]) for i in range(max(len(a), len(b)))]
 
 
-def tables(side: Side) -> list[Tensor]:
+def tables(side: Transform) -> list[Tensor]:
     """The turns (B, N, H, R, 2) of each layer, made where only their angles are known."""
-    return side.turn or [turns(*angles)[0] for angles in side.angles or ()]
+    return side.turn or [cos_sin(*angles)[0] for angles in side.angles or ()]
 
 
-def _turns(side: Side) -> bool:
+def _turns(side: Transform) -> bool:
     return len(side.turn or side.angles or ()) > 0  # not bool(): dynamo of torch 2.9 takes none of a list
 
 
@@ -163,12 +163,12 @@ def _mixes(a: Encoding, b: Encoding) -> bool:
     return len(a.q.basis or ()) > 0 and (len(b.q.basis or ()) > 0 or _turns(b.q))
 
 
-def _both(a: Side, b: Side) -> Side:
+def _both(a: Transform, b: Transform) -> Transform:
     if _turns(a) and _turns(b):
         turn, angles = each(_compose, tables(a), tables(b)), None
     else:
         turn, angles = a.turn or b.turn, a.angles or b.angles
-    return Side(a.basis or b.basis, turn, angles, each(_beside, a.extra, b.extra))
+    return Transform(a.basis or b.basis, turn, angles, each(_beside, a.extra, b.extra))
 
 
 def _beside(a: Tensor, b: Tensor) -> Tensor:

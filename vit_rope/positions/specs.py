@@ -7,6 +7,7 @@ a downloaded config: a scheme from elsewhere is registered by importing its modu
 
 import ast
 import difflib
+import functools
 import inspect
 import math
 import types
@@ -21,12 +22,19 @@ F = TypeVar("F", bound=Factory)
 _SCHEMES: dict[str, Factory] = {}
 
 
-def register(factory: F) -> F:
-    """Make `factory(layout, *schemes, **options)` known to specs by its own lower-case name.
+def register(factory: F | str) -> Any:
+    """Make `factory(layout, *schemes, **options)` known to specs: `@register`, by its lower-case name, or
+    `@register("name")`.
 
-    Parameters without a default are schemes to modify, those with one are options. Raises ValueError for a taken name.
+    Parameters without a default are schemes to modify, those with one are options. Raises ValueError for a name that is
+    taken.
     """
-    name = factory.__name__.lower()
+    if isinstance(factory, str):
+        return functools.partial(_register, factory)
+    return _register(factory.__name__.lower(), factory)
+
+
+def _register(name: str, factory: F) -> F:
     if name in _SCHEMES:
         raise ValueError(f"position scheme {name!r} is registered already, by {_SCHEMES[name].__module__}")
     _SCHEMES[name] = factory

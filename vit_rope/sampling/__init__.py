@@ -1,39 +1,27 @@
 """Images from a trained denoiser: `vit-rope sample runs/digits_ddpm --out digits.png`, or `sample(load(path), 64)`."""
 
-from .command import main
-from .denoising import (
-    SCHEDULERS,
-    Trained,
-    between,
-    check,
-    denoise,
-    make_scheduler,
-    sample,
-    sample_batches,
-    tile_size,
-    to_image,
-)
-from .files import DTYPES, describe, load, save
-from .pictures import picture, to_bytes, write_gif, write_png
+from .images import picture, to_bytes, write_gif, write_png
+from .io import DTYPES, describe, load, save
+from .sampler import Denoiser, check, denoise, sample, sample_batches, slerp, tile_size
+from .schedulers import SCHEDULERS, make_scheduler, predicted_x0
 
 __all__ = [
     "DTYPES",
     "SCHEDULERS",
-    "Trained",
-    "between",
+    "Denoiser",
     "check",
     "denoise",
     "describe",
     "load",
-    "main",
     "make_scheduler",
     "picture",
+    "predicted_x0",
     "sample",
     "sample_batches",
     "save",
+    "slerp",
     "tile_size",
     "to_bytes",
-    "to_image",
     "write_gif",
     "write_png",
 ]

@@ -1,23 +1,22 @@
-"""Training with Lightning: `python train.py fit --config configs/digits_vit.yaml`.
+"""Training with Lightning: `vit-rope fit --config configs/digits_vit.yaml`.
 
-The only place of the library that imports Lightning, and only once one of these names is asked for.
+The only package of the library that imports Lightning, and only when one of these names is first used.
 """
 
 import importlib
 
 _HOMES = {
+    "CIFAR": "data.in_memory",
     "Classification": "classification",
-    "CIFAR": "data",
     "Diffusion": "diffusion",
-    "Digits": "data",
-    "FashionMNIST": "data",
-    "ImageFolder": "folder",
-    "EMA": "callbacks",
+    "Digits": "data.in_memory",
+    "EMA": "ema",
     "Fade": "fade",
+    "FashionMNIST": "data.in_memory",
+    "ImageFolder": "data.folder",
     "OptimConfig": "optim",
     "ScheduleConfig": "optim",
-    "TimmData": "timm_data",
-    "main": "cli",
+    "TimmData": "data.timm",
 }
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "OptimConfig",
     "ScheduleConfig",
     "TimmData",
-    "main",
 ]
 
 
@@ -40,3 +38,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,6 +1,8 @@
 """Train any timm model to tell classes apart."""
 
 import json
+import sys
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +14,10 @@ from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import vit_rope  # noqa: F401 - registers its models with timm
-
-from .checkpoints import load_weights, one_line
+from ..files import check_fit, one_line, read, replacing
 from .learner import Learner, NonFinite
 from .optim import OptimConfig, ScheduleConfig
-from .saving import replacing
+from .run.trust import log
 
 OPTIM, SCHEDULE = OptimConfig(), ScheduleConfig()
 
@@ -165,3 +165,38 @@ def check_name(name: str) -> None:
     if ":" not in name and not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3) or timm.list_models("vit_rope*")
         raise ValueError(f"timm knows no model {name!r}; did you mean {', '.join(near)}?")
+
+
+def load_weights(model: nn.Module, path: str, name: str) -> None:
+    """Start a timm model from the weights in a checkpoint of ours or timm's, or a safetensors file.
+
+    A classifier for another number of classes is left as it is; anything else that does not fit is a ValueError.
+    """
+    content = read(path)
+    key = next((key for key in ("state_dict_ema", "model_ema", "state_dict", "model") if key in content), None)
+    state = content if key is None else content[key]
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path} has no weights: its {key} is no dictionary of names")
+    for prefix in ("module.", "model."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's custom in every file
+    if convert is not None:
+        try:
+            state = convert(state, model)
+        except Exception as error:  # timm's look into tensors that they expect to be there
+            raise ValueError(f"{path} has the weights of another model than {name}: {one_line(error)}") from error
+    own = model.state_dict()
+    heads = _classifiers(model)
+    other = [k for k in state if k in own and k.startswith(heads) and getattr(state[k], "shape", None) != own[k].shape]
+    if other:
+        log.info("%s has a classifier for other classes: %s starts anew", path, ", ".join(other))
+        state = {**state, **{k: own[k] for k in other}}
+    check_fit(model, state, name)
+    model.load_state_dict(state)
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    known: Any = getattr(model, "default_cfg", {})
+    names = known.get("classifier", "head")
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

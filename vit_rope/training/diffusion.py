@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import sampling
+from ..files import one_line, replacing_folder
 from ..positions import Position
-from .checkpoints import one_line
 from .learner import Learner, NonFinite
 from .optim import OptimConfig, ScheduleConfig
-from .saving import replacing_folder
 
 OPTIM, SCHEDULE = OptimConfig(weight_decay=0.0), ScheduleConfig()
 MODELS = ("RopeUNet2DModel", "RopeDiT")
@@ -85,7 +84,7 @@ class Diffusion(Learner):
         labels = self.classes + (self.null_label is not None) or None
         facts = {"in_channels": in_chans, "out_channels": in_chans, "sample_size": img_size, "num_class_embeds": labels}
         self.model = create(model, model_args or {}, facts)
-        self.trained = sampling.Trained(self.model, self.noise, self.classes, self.null_label)
+        self.trained = sampling.Denoiser(self.model, self.noise, self.classes, self.null_label)
         self.label_dropout, self.snr_gamma = label_dropout, snr_gamma
         self.sample_every, self.sample_count = sample_every, sample_count
         self.sample_steps, self.sample_scheduler = sample_steps, sample_scheduler
@@ -201,8 +200,8 @@ class Diffusion(Learner):
         trainer: Any = self.trainer
         epoch, folder = self.current_epoch + 1, getattr(trainer.checkpoint_callback, "dirpath", None)
         due = self.sample_every and (epoch % self.sample_every == 0 or epoch == trainer.max_epochs)
-        fitting = trainer.state.fn == "fit" and not trainer.fast_dev_run
-        if due and fitting and folder:  # the run's folder is the one with its checkpoints
+        specs_for = trainer.state.fn == "fit" and not trainer.fast_dev_run
+        if due and specs_for and folder:  # the run's folder is the one with its checkpoints
             path = Path(folder).parent / "samples" / f"epoch_{epoch:04}.png"
             chosen = (self.sample_count, self.sample_steps, self.sample_scheduler, None, self._sample_labels())
             images = sampling.sample(self.trained, *chosen)  # by every process: sharded weights are gathered by all
@@ -238,9 +237,9 @@ def create(name: str, args: dict[str, Any], facts: dict[str, Any]) -> Any:
     import inspect
 
     if name == "RopeDiT":
-        from ..denoiser import RopeDiT as cls
+        from ..models.dit import RopeDiT as cls
     elif name == "RopeUNet2DModel":
-        from ..unet import RopeUNet2DModel as cls
+        from ..unet.classes import RopeUNet2DModel as cls
     else:
         raise ValueError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
     known = list(inspect.signature(cls.__init__).parameters)[1:]

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..positions.absolute import Gate
+from ..positions.absolute.wrappers import Gate
 
 
 class Fade(Callback):

@@ -14,10 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from .batches import Order
-from .checkpoints import check_fit
+from ..files import check_fit, naming_os_errors
+from .data.loader import ResumableSampler
 from .optim import OptimConfig, ScheduleConfig, make_optimizer, make_schedule
-from .saving import telling
 
 log = logging.getLogger(__name__)
 NonFinite = Literal["stop", "skip", "ignore"]
@@ -103,7 +102,11 @@ class Learner(LightningModule):
         trainer: Any = self.trainer
         loader: Any = trainer.train_dataloader
         sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", 0)
-        indices = sampler.indices()[batch_idx * size : (batch_idx + 1) * size] if isinstance(sampler, Order) else []
+        indices = (
+            sampler.indices()[batch_idx * size : (batch_idx + 1) * size]
+            if isinstance(sampler, ResumableSampler)
+            else []
+        )
         callback = trainer.checkpoint_callback
         path = Path(getattr(callback, "dirpath", None) or "checkpoints").parent / "nonfinite.jsonl"
         place = (
@@ -112,7 +115,7 @@ class Learner(LightningModule):
         if callback is not None and not trainer.fast_dev_run and not math.isfinite(value):
             row = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch": batch_idx}
             row |= {"rank": self.global_rank, "loss": str(value), "indices": [int(index) for index in indices]}
-            with telling(path), path.open("a") as file:
+            with naming_os_errors(path), path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if self.nonfinite == "stop":
             raise ValueError(

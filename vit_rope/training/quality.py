@@ -6,11 +6,8 @@ only at the same number of images: fewer seem farther. Real images of the test s
 `--judge inception` the features are those of papers' FID, for who has the weights of that network as a file.
 """
 
-import argparse
 import importlib.util
-import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,11 +18,8 @@ import yaml
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
-import vit_rope  # noqa: F401 - registers its models with timm
-
-from .. import sampling
-from . import checkpoints
-from .saving import replacing
+from .. import files, sampling
+from .run import trust
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0"
 
@@ -173,8 +167,8 @@ def scores(
 
 def load_data(run: str | Path, root: str | None = None) -> Any:
     """The data module that a run was trained on, without its augmentation."""
-    path = checkpoints.find(str(run), "", "best")
-    config = yaml.safe_load(checkpoints.embedded_config(checkpoints.read(path), path, []))["data"]
+    path = files.find(str(run), "", "best")
+    config = yaml.safe_load(trust.embedded_config(files.read(path), path, []))["data"]
     module, _, name = config["class_path"].rpartition(".")
     options = config.get("init_args", {}) | {"augment": "none", "transforms": None, "workers": 0}
     if root is not None:
@@ -191,39 +185,3 @@ def _images(loader: Any, count: int) -> Iterator[Tensor]:
         left -= len(images)
         if left <= 0:
             break
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run `vit-rope quality`, which prints one score a line."""
-    parser = argparse.ArgumentParser("vit-rope quality", description="Score samples of a trained denoiser.")
-    parser.add_argument("run", help="a run of Diffusion: its folder, or one of its checkpoints")
-    parser.add_argument("--judge", required=True, help='a run of a classifier on the same data, or "inception"')
-    parser.add_argument("--weights", type=Path, help=f"of --judge inception: your copy of {WEIGHTS}")
-    parser.add_argument("--n", type=int, default=1000, help="samples, and real images for the floor")
-    parser.add_argument("--reference", type=int, default=20_000, help="training images to measure distances from")
-    parser.add_argument("--floor", action=argparse.BooleanOptionalAction, default=True, help="score real images too")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--scheduler", default="ddim", help=", ".join(sampling.SCHEDULERS))
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", help="the data's folder, where it is another than in training")
-    parser.add_argument("--out", type=Path, help="a JSON file for the scores")
-    options = vars(parser.parse_args(args))
-    out = options.pop("out")
-    try:
-        if out and out.exists():
-            raise ValueError(f"{out} exists; give --out another name")
-        if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        found = scores(**options)
-        if out:
-            with replacing(out) as file:
-                file.write((json.dumps(found, indent=2) + "\n").encode())
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {checkpoints.one_line(error)}")
-    for name, value in found.items():
-        print(f"{name} {value:.4g}")
-
-
-if __name__ == "__main__":
-    main()

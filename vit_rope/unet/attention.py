@@ -11,15 +11,63 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention import attend, attend_linear, attend_packed, unread
+from ..attention import attend, attend_linear, attend_qkv, has_no_hooks
 from ..positions import Encoding, Position
-from ..positions.encoding import turns_alike
-from .maps import Kind, MapLayout
+from ..positions.encoding import rotates_only
+from .maps import (
+    Kind,
+    MapLayout,
+    Origin,
+    build_at,
+    check_reached,
+    class_name,
+    level_of,
+    map_attentions,
+    map_layout,
+    pixels,
+)
+
+# ---- where attention is ---------------------------------------------------------------------------------------------
+SAMPLE_SIZE = (
+    "a diffusers U-Net has the size that it is trained at in its config; "
+    "set it there, e.g. by unet.register_to_config(sample_size=(32, 32))"
+)
+
+
+def install(unet: Any, spec: str, unit: str, origin: Origin, kind: Kind) -> None:
+    """Place every self-attention, all or none, and write so into the config."""
+    found = list(map_attentions(unet))
+    check_reached(unet, {name for name, _, _ in found})
+    if unet.config.get("sample_size") is None:
+        raise ValueError(f"{SAMPLE_SIZE}; it is None")
+    size, plan, hosts = pixels(unet.config.sample_size), [], set()
+    for name, attention, host in found:
+        if type(attention) is not Attention or type(attention.processor) is not AttnProcessor2_0:
+            raise ValueError(
+                f"{name} computes attention its own way, by {class_name(attention.processor)}, which positions would "
+                f"replace; give it a plain one first, set_processor(AttnProcessor2_0())"
+            )
+        level, head = level_of(unet, name), attention.inner_dim // attention.heads
+        layout = map_layout(attention.query_dim, attention.heads, head, level, size, unit, origin)
+        what = "channels of a head" if host is None else "number of heads"
+        remedy = f"attention_head_dim in the U-Net's config sets the {what} here"
+        plan.append((attention, layout, build_at(name, level, spec, layout, remedy, kind)))
+        hosts.add(host)
+    for attention, layout, position in plan:
+        attention.__class__ = PlacedAttention
+        attention.layout, attention.position = layout, position
+        attention.set_processor(PositionProcessor(kind))
+    for host in hosts - {None}:
+        host.__class__ = GridTransformer2DModel
+        for module in host.modules():
+            if type(module) is Attention:
+                module.__class__ = UnplacedAttention
+    unet.register_to_config(position=spec, position_unit=unit, position_origin=origin, attention=kind)
 
 
 class PositionProcessor:
@@ -65,22 +113,24 @@ class PositionProcessor:
     def attend(self, attn: Any, x: Tensor, encoding: Encoding, mask: Tensor | None) -> Tensor:
         """Attention (B, H, N, D) of tokens (B, N, C); what turns alike is projected and turned at once."""
         projections = (attn.to_q, attn.to_k, attn.to_v)
-        if self.kind == "softmax" and turns_alike(encoding) and attn.norm_q is attn.norm_k is None:
+        if self.kind == "softmax" and rotates_only(encoding) and attn.norm_q is attn.norm_k is None:
             packed = pack(*projections)
             if packed is not None:
-                return attend_packed(F.linear(x, *packed), attn.heads, encoding, mask=mask, overwrite=True)
+                return attend_qkv(F.linear(x, *packed), attn.heads, encoding, mask=mask, overwrite=True)
         q, k, v = (to(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in projections)
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         if self.kind == "linear":
             return attend_linear(q, k, v, encoding, mask=mask)
-        return attend(q, k, v, encoding, mask=mask, overwrite=unread(attn.to_q, attn.to_k))
+        return attend(q, k, v, encoding, mask=mask, overwrite=has_no_hooks(attn.to_q, attn.to_k))
 
 
 def pack(*projections: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of one projection in place of several, where they are plain ones that nobody watches."""
     linears: Any = projections
-    if any(type(part) is not nn.Linear or "forward" in vars(part) for part in projections) or not unread(*projections):
+    if any(type(part) is not nn.Linear or "forward" in vars(part) for part in projections) or not has_no_hooks(
+        *projections
+    ):
         return None
     watched = any(part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks for part in projections)
     biases = [part.bias for part in linears if part.bias is not None]

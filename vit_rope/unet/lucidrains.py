@@ -65,7 +65,7 @@ def add_positions(
     if sample_size is None:
         raise ValueError("this Unet does not know the size that it is trained at; give sample_size, as in image_size")
     size, plan = pixels(sample_size), []
-    for name, attention, level in _attentions(unet):
+    for name, attention, level in map_attentions(unet):
         head = attention.to_qkv.out_channels // (3 * attention.heads)
         layout = map_layout(attention.to_qkv.in_channels, attention.heads, head, level, size, unit, origin)
         remedy = "attn_dim_head of the Unet sets the channels of a head"
@@ -87,7 +87,7 @@ def remove_positions(unet: nn.Module) -> nn.Module:
     return unet
 
 
-def _attentions(unet: Any) -> list[tuple[str, Any, int]]:
+def map_attentions(unet: Any) -> list[tuple[str, Any, int]]:
     """Name, module and level of every attention: the map that it sees has been halved so often."""
     last = len(unet.downs) - 1
     downs = [(f"downs.{i}.2", level[2], i) for i, level in enumerate(unet.downs)]

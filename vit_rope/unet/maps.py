@@ -4,16 +4,70 @@ Every halving of an image makes a coarser map of the same image. A scheme may co
 all in the image; either way it is built for one attention: its width, its heads and the map that it sees.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from ..attention import check_linear
 from ..positions import Layout, Position, build
 from ..positions import coords as places
+
+
+def map_attentions(unet: nn.Module) -> Iterator[tuple[str, Attention, Transformer2DModel | None]]:
+    """Name, module and host of every self-attention over a map; the host, if any, flattens the map for it."""
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention) and re.search(r"(^|\.)attentions\.\d+$", name):
+            if not module.is_cross_attention:
+                yield name, module, None
+        elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
+            for i, block in enumerate(module.transformer_blocks):
+                for part in ("attn1", "attn2"):
+                    attention = getattr(block, part)
+                    if attention is not None and not attention.is_cross_attention:
+                        yield f"{name}.transformer_blocks.{i}.{part}", attention, module
+
+
+def check_reached(unet: nn.Module, reached: set[str]) -> None:
+    """Raise ValueError where no attention is `reached`, or not all that have keys from a map."""
+    remedy = "choose block types that have it as AttnDownBlock2D and CrossAttnDownBlock2D do"
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention) and name not in reached:
+            over_map = re.match(
+                r"(down_blocks|mid_block|up_blocks)\.(?!.*(temp|motion|fuser))", name
+            )  # not time, boxes
+            joined = module.added_kv_proj_dim is not None and not module.only_cross_attention
+            if over_map and (joined or not module.is_cross_attention):
+                what = f"{name} of this {class_name(unet)}, which is self-attention of another kind"
+                raise ValueError(f"positions do not reach {what}; {remedy}")
+    if not reached:
+        raise ValueError(
+            f"this {class_name(unet)} has no self-attention over a feature map that positions reach, so "
+            f"there is nothing to place; {remedy}"
+        )
+
+
+def halvings(unet: Any) -> list[bool]:
+    return [getattr(block, "downsamplers", None) is not None for block in unet.down_blocks]
+
+
+def level_of(unet: nn.Module, name: str) -> int:
+    """How often the map that the module of this name sees has been halved."""
+    halved = halvings(unet)
+    part, index = name.split(".")[:2]
+    if part == "down_blocks":
+        return sum(halved[: int(index)])
+    return sum(halved[: -1 - int(index)] if part == "up_blocks" else halved)
+
+
+def class_name(thing: object) -> str:
+    return type(thing).__name__
+
 
 Origin = float | str | Sequence[float]
 Kind = Literal["softmax", "linear"]
@@ -89,7 +143,7 @@ def check_kind(kind: Kind, position: Position, layout: Layout) -> None:
         check_linear(position(layout.coords()))
 
 
-def begin_missing(model: nn.Module, missing: Sequence[str]) -> None:
+def reset_missing_parameters(model: nn.Module, missing: Sequence[str]) -> None:
     """Let the schemes begin anew whose parameters are `missing` in a folder; diffusers leaves them empty or on meta."""
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
     for name, module in model.named_modules():

@@ -1,0 +1,283 @@
+"""What every registered scheme promises, on one, two and three axes, whoever wrote it."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils._pytree import tree_flatten
+
+from tests.helpers import EVERY, EXCLUDED, make
+from vit_rope.attention import attend
+from vit_rope.models.vit import RopeViT
+from vit_rope.positions import Encoding, Position
+from vit_rope.positions.coords import grid
+from vit_rope.positions.encoding import Transform
+
+
+def tokens(layout, batch=2, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, len(layout.coords()), layout.width, generator=generator, dtype=torch.float64)
+    weights = torch.randn(3, layout.width, layout.width, generator=generator, dtype=torch.float64) / 4
+    return x, weights
+
+
+def run(position, layout, coords, x, weights, layer=1, grid=None):
+    """One attention layer (B, H, N, D) over tokens that a scheme places, all of it in float64."""
+    q, k, v = _heads(embedded(position, layout, x, coords, grid), weights, layout)
+    return attend(q, k, v, position(coords, grid=grid), layer)
+
+
+def embedded(position, layout, x, coords, grid=None):
+    """Tokens that a scheme has placed before every layer that it acts before."""
+    for layer in range(layout.depth if position.each_layer else 1):
+        x = position.embed(x, coords, grid, layer)
+    return x
+
+
+def _heads(x, weights, layout):
+    return [(x @ w).unflatten(-1, (layout.heads, -1)).transpose(1, 2) for w in weights]
+
+
+def same(a: Encoding, b: Encoding) -> bool:
+    (xs, shape), (ys, other) = tree_flatten(a), tree_flatten(b)
+    return shape == other and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(xs, ys, strict=True)
+    )
+
+
+def weights_of(q, k, encoding, layer=0):
+    """Attention weights (B, H, N, M), read off values that are one-hot, which nothing turns and no term adds to."""
+    terms = encoding.terms and [[term for term in terms if term.on != "v"] for terms in encoding.terms]
+    encoding = encoding._replace(v=Transform(), out=Transform(), terms=terms)
+    return attend(q, k, torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:2], -1, -1), encoding, layer)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_relative_means_relative(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    coords = layout.coords().double()
+    shift = torch.tensor([1.37, -1.21, 2.5], dtype=torch.float64)[:axes]
+    here, there = (run(position, layout, c, x, weights) for c in (coords, coords + shift))
+    if position.relative:
+        torch.testing.assert_close(here, there, rtol=0, atol=1e-6)
+    else:
+        assert (here - there).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_permuting_tokens_with_their_coordinates_permutes_the_output(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    coords = layout.coords().double()
+    order = torch.randperm(len(coords), generator=torch.Generator().manual_seed(3))
+    out = run(position, layout, coords, x, weights)
+    permuted = run(position, layout, coords[order], x[:, order], weights)
+    torch.testing.assert_close(out[:, :, order], permuted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_coordinates_of_each_sample_equal_shared_ones(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    coords = layout.coords().double()
+    shared = run(position, layout, coords, x, weights)
+    each = run(position, layout, coords.expand(2, -1, -1).contiguous(), x, weights)
+    torch.testing.assert_close(shared, each, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_a_grid_promise_changes_nothing_on_the_training_grid(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    coords = layout.coords().double()
+    out = run(position, layout, coords, x, weights)
+    promised = run(position, layout, coords, x, weights, grid=list(layout.grid))
+    torch.testing.assert_close(out, promised, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_keys_elsewhere_are_a_part_of_all_keys(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    coords = layout.coords().double()
+    q, k, v = _heads(embedded(position, layout, x, coords), weights, layout)
+    all_keys = attend(q, k[:, :, ::2], v[:, :, ::2], position(coords, key_coords=coords[::2]), 2)
+    some = attend(q[:, :, 3:], k[:, :, ::2], v[:, :, ::2], position(coords[3:], key_coords=coords[::2]), 2)
+    torch.testing.assert_close(all_keys[:, :, 3:], some, rtol=0, atol=1e-12)
+    closed = torch.zeros(len(coords), dtype=torch.bool)
+    closed[::2] = True
+    masked = attend(q, k, v, position(coords), 2, mask=closed[None])
+    torch.testing.assert_close(all_keys, masked, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+@pytest.mark.parametrize("prefix", [1, 5])
+def test_prefix_tokens_have_no_place(spec, axes, prefix):
+    position, layout = make(spec, axes)
+    coords = layout.coords().double()
+    generator = torch.Generator().manual_seed(2)
+    count = prefix + len(coords)
+    q, k = torch.randn(2, 2, layout.heads, count, layout.head_dim, generator=generator, dtype=torch.float64)
+    for layer in range(layout.depth):
+        padded = weights_of(q, k, position(coords, prefix=prefix), layer)
+        among = padded[..., prefix:, prefix:] / padded[..., prefix:, prefix:].sum(dim=-1, keepdim=True)
+        bare = weights_of(q[:, :, prefix:], k[:, :, prefix:], position(coords), layer)
+        torch.testing.assert_close(among, bare, rtol=0, atol=1e-12)
+        elsewhere = weights_of(q, k, position(coords + 3.25, prefix=prefix), layer)
+        ours, theirs = (w[..., :prefix, :prefix] for w in (padded, elsewhere))
+        ours, theirs = (w / w.sum(dim=-1, keepdim=True) for w in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_no_cast_changes_the_tables(spec, axes):
+    position, layout = make(spec, axes)
+    coords = 50 * layout.coords()
+    want = position(coords, prefix=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(position(coords, prefix=1), want)
+    for cast in (Position.bfloat16, Position.half, lambda p: p.to(torch.float16), lambda p: p.bfloat16().float()):
+        again = cast(copy.deepcopy(position))
+        assert all(p.dtype == torch.float32 for p in again.parameters())
+        assert same(again(coords, prefix=1), want)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_copies_and_the_meta_device_keep_the_tables(spec, axes):
+    position, layout = make(spec, axes)
+    coords = layout.coords()
+    want = position(coords)
+    file = io.BytesIO()
+    torch.save(position, file)
+    file.seek(0)
+    assert same(torch.load(file, weights_only=False)(coords), want)
+    with torch.device("meta"):
+        ghost, _ = make(spec, axes, seed=5)
+    assert all(p.is_meta for p in ghost.parameters())
+    ghost = ghost.to_empty(device="cpu")
+    ghost.load_state_dict(position.state_dict())
+    assert same(ghost(coords), want)
+    x, _ = tokens(layout)
+    ours, theirs = (embedded(p, layout, x, coords) for p in (position, ghost))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_reset_parameters_makes_emptied_ones_finite(spec, axes):
+    position, _ = make(spec, axes)
+    with torch.no_grad():
+        for parameter in position.parameters():
+            parameter.fill_(float("nan"))
+    for module in position.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(p.isfinite().all() for p in position.parameters())
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_gradients_reach_every_parameter(spec, axes):
+    position, layout = make(spec, axes)
+    x, weights = tokens(layout)
+    x.requires_grad_()  # so that schemes without parameters run backward too
+    loss = sum(
+        run(position, layout, layout.coords(), x, weights, layer).square().sum() for layer in range(layout.depth)
+    )
+    loss.backward()
+    for name, parameter in position.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_the_state_dict_holds_learned_tensors_alone(spec, axes):
+    position, _ = make(spec, axes)
+    assert list(position.buffers()) == []
+    assert set(position.state_dict()) == {name for name, _ in position.named_parameters()}
+    assert all(parameter.requires_grad for parameter in position.parameters())
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_earlier_calls_leave_no_trace(spec, axes):
+    position, layout = make(spec, axes)
+    want = position(layout.coords(), prefix=1)
+    with torch.inference_mode():
+        position(grid([n + 3 for n in layout.grid]), prefix=2)
+    position(layout.coords() + 100.5)
+    assert same(position(layout.coords(), prefix=1), want)
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_attention_returns_the_type_it_was_given(spec, axes, dtype):
+    position, layout = make(spec, axes)
+    coords = layout.coords()
+    q = torch.randn(1, layout.heads, len(coords), layout.head_dim, dtype=dtype)
+    assert attend(q, q, q, position(coords)).dtype == dtype
+    x = torch.randn(1, len(coords), layout.width, dtype=dtype)
+    assert embedded(position, layout, x, coords).dtype == dtype
+
+
+SIZES = {
+    1: [(32,), (48,), (40,), (64,), (56,), (80,)],
+    2: [(32, 32), (32, 48), (48, 32), (64, 64), (40, 56), (80, 32)],
+    3: [(16, 24, 32), (24, 24, 32), (16, 16, 16), (32, 16, 24), (24, 40, 16), (16, 32, 48)],
+}
+
+
+def small_vit(spec, axes):
+    torch.manual_seed(0)
+    size = {"embed_dim": 48, "depth": 1, "num_heads": 2, "num_classes": 5, "dynamic_img_size": True}
+    return RopeViT(SIZES[axes][0], (8,) * axes, position=spec, **size).eval()
+
+
+# minutes of compiling: every scheme on images, schemes of each kind on signals and videos too; a few of them at once
+KINDS = (
+    "axial",
+    "mixed",
+    "flat",
+    "learned",
+    "sincos",
+    "peg",
+    "alibi",
+    "swin",
+    "shaw",
+    "yarn(axial)",
+    "learned + mixed",
+)
+AT_ONCE = [(spec, 2) for spec in ("axial", "mixed", "peg", "swin", "shaw", "learned + mixed")]
+COMPILED = [
+    pytest.param(spec, axes, marks=() if (spec, axes) in AT_ONCE else pytest.mark.slow)
+    for spec, axes in EVERY
+    if axes == 2 or spec in KINDS or (spec, 2) in EXCLUDED
+]
+
+
+@pytest.mark.parametrize(("spec", "axes"), COMPILED)
+def test_two_graphs_serve_six_sizes(spec, axes):
+    torch._dynamo.reset()
+    model, counter = small_vit(spec, axes), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for size in SIZES[axes]:
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(("spec", "axes"), COMPILED)
+def test_one_export_serves_other_sizes(spec, axes):
+    model = small_vit(spec, axes)
+    dims = [8 * torch.export.Dim(f"cells_{a}", min=2, max=16) for a in range(axes)]
+    shapes = ({0: torch.export.Dim("batch", min=2, max=16)} | {2 + a: dim for a, dim in enumerate(dims)},)
+    program = torch.export.export(model, (torch.randn(2, 3, *SIZES[axes][1]),), dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            assert not value.is_complex()
+            assert value.dtype != torch.float64
+    for size in SIZES[axes]:
+        x = torch.randn(3, 3, *size)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,172 @@
+"""The spec language, and the words in which it refuses."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vit_rope.positions import Layout, Position, Rotary, Sum, build, register, schemes, specs
+from vit_rope.positions.rotary.base import geometric
+
+LAYOUT = Layout(width=384, heads=6, grid=(14, 14), depth=12)
+
+
+@pytest.fixture
+def scheme():
+    """Register a scheme for one test."""
+    names = []
+
+    def add(factory):
+        names.append(factory.__name__.lower())
+        return register(factory)
+
+    yield add
+    for name in names:
+        specs._SCHEMES.pop(name, None)
+
+
+def test_every_name_is_listed_in_order():
+    assert {"axial", "flat", "learned", "mixed", "none", "sincos"} <= set(schemes())
+    assert schemes() == sorted(schemes())
+
+
+def test_sums_are_flat_and_keep_their_order():
+    position = build(" learned + mixed(base=20) + none ", LAYOUT)
+    assert isinstance(position, Sum)
+    assert [type(part).__name__ for part in position.parts] == ["Learned", "Rotary", "Position"]
+    assert not position.relative
+    assert build("axial + mixed", LAYOUT).relative
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "axail",
+            "no position scheme is called 'axail'; did you mean axial or axial64",
+        ),
+        ("zzz", "no position scheme is called 'zzz'; There are: alibi, alternate, axial"),
+        ("axial(bse=3)", "axial has no option 'bse'; it takes base, share, pairs, fastest"),
+        ("none(base=3)", "none has no option 'base'; it takes none"),
+        ("axial(base='x')", "axial(base=…) takes a finite number or a tuple, each item a finite number, got 'x'"),
+        ("axial(base=1e999)", "axial(base=…) takes a finite number"),
+        ("axial(base=True)", "axial(base=…) takes a finite number"),
+        ("axial(base=-1)", "axial needs a positive base and fastest, got base -1 and fastest 1.0"),
+        ("axial(base=(1, 2, 3))", "3 bases for 2 axes; give one number, or one for each axis"),
+        ("axial(pairs='thirds')", "axial(pairs=…) takes 'interleaved' or 'half' or 'axis', got 'thirds'"),
+        ("axial(share=(16, 15))", "share (16, 15) must be even numbers of channels that sum to at most head_dim 64"),
+        ("axial(share=(64, 64))", "share (64, 64) must be even numbers of channels that sum to at most head_dim 64"),
+        ("axial(share=(8, 8, 8))", "share (8, 8, 8) names 3 axes, but the grid has 2"),
+        ("axial(base=open('x'))", "axial(base=…) takes a number, a string or a tuple, not open('x')"),
+        ("axial(**{'base': 1})", "axial takes options as name=value, not **{'base': 1}"),
+        ("axial(100)", "expected name, name(option=value) or a sum of these, not '100'"),
+        ("axial(mixed)", "axial modifies no other scheme, got 1; options are written name=value"),
+        ("axial - mixed", "expected name, name(option=value) or a sum of these, not 'axial - mixed'"),
+        ("os.system('x')", "expected name, name(option=value) or a sum of these, not \"os.system('x')\""),
+        ("mixed(learned=1)", "mixed(learned=…) takes True or False, got 1"),
+        ("sincos(axes=3)", "sincos(axes=…) is 1 or the grid's own number of axes, 2, got 3"),
+        ("learned(std=-1)", "learned needs a standard deviation of 0 or more, got -1"),
+        ("flat(base=0)", "flat needs a positive base, got 0"),
+        ("mixed(base=0)", "mixed needs a positive base and fastest, got base 0 and fastest 1.0"),
+        ("axial(", "cannot read position spec 'axial('"),
+        ("", "cannot read position spec ''"),
+        ("a" * 1001, "a position spec has at most 1000 characters, got 1001"),
+    ],
+)
+def test_refusals(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(spec, LAYOUT)
+
+
+def test_a_spec_is_a_string():
+    with pytest.raises(TypeError, match=re.escape('a position spec is a string such as "axial(base=100)", got dict')):
+        build({"axial": 1}, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("spec", "head", "axes", "message"),
+    [
+        ("axial", 5, 2, "head_dim must be even, got 5; use a width and a number of heads that give 4 or 6"),
+        ("mixed", 5, 2, "head_dim must be even, got 5"),
+        ("flat", 5, 2, "head_dim must be even, got 5"),
+        ("axial", 2, 2, "head_dim 2 is too small for 2 axes: each axis needs at least one pair of channels"),
+        ("mixed", 2, 3, "head_dim 2 is too small for 3 axes; use 6 or more"),
+        ("axial", 64, 3, "head_dim 64 does not divide into equal pairs for 3 axes; use a head_dim of 60 or 66"),
+        ("sincos", 1, 3, "width 2 is too small for sines and cosines of 3 axes"),
+    ],
+)
+def test_heads_that_do_not_fit(spec, head, axes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(spec, Layout(width=2 * head, heads=2, grid=(3,) * axes))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 10, "heads": 3}, "width 10 does not divide by 3 heads"),
+        ({"heads": 0}, "a layout needs a heads of at least 1, got 0"),
+        ({"grid": ()}, "a grid needs at least one cell along each of its axes, got shape ()"),
+        ({"grid": (3, 0)}, "a grid needs at least one cell along each of its axes, got shape (3, 0)"),
+        ({"unit": "miles"}, "unknown unit 'miles'; expected one of index, centered, centered_shorter, centered_longer"),
+    ],
+)
+def test_layouts_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Layout(**{"width": 12, "heads": 3, "grid": (3, 3)} | options)
+
+
+def test_a_scheme_of_ones_own_takes_five_lines(scheme):
+    @scheme
+    def slow(layout: Layout, base: float = 7.0) -> Rotary:
+        """Every axis turns every pair."""
+        return Rotary(geometric(layout.head_dim // 2, base).expand(1, 1, layout.axes, -1))
+
+    assert "slow" in schemes()
+    assert build("slow(base=9) + learned", LAYOUT).parts[0].initial.shape == (1, 1, 2, 32)
+    with pytest.raises(
+        ValueError, match=r"position scheme 'slow' is registered already, by tests\.positions\.test_specs"
+    ):
+        register(slow)
+
+
+def test_a_modifier_takes_schemes_by_place(scheme):
+    @scheme
+    def slower(layout: Layout, scheme: Position, factor: float = 2.0) -> Position:
+        """Divide a scheme's frequencies."""
+        return Rotary(scheme.initial / factor)
+
+    assert build("slower(axial, factor=4)", LAYOUT).initial.max() == 0.25
+    with pytest.raises(ValueError, match=re.escape("slower modifies 1 scheme(s) (scheme), got 0")):
+        build("slower(factor=4)", LAYOUT)
+
+
+def test_rotations_of_different_pairs_cannot_be_summed():
+    coords = LAYOUT.coords()
+    with pytest.raises(ValueError, match="do not commute; give both the same `pairs`"):
+        build('axial + mixed(pairs="half")', LAYOUT)(coords)
+    with pytest.raises(ValueError, match="rotations of 32 and of 16 pairs cannot be summed"):
+        build("axial + axial(share=(16, 16))", LAYOUT)(coords)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(
+        st.text(max_size=40), st.from_regex(r"(axial|mixed|none)\([a-z]{0,6}=[-0-9a-z\"'(),.]{0,12}\)", fullmatch=True)
+    )
+)
+def test_no_text_gets_further_than_a_clear_refusal(text):
+    try:
+        position = build(text, LAYOUT)
+    except ValueError as error:
+        assert "position" in str(error)  # noqa: PT017
+    else:
+        assert isinstance(position, Position)
+
+
+@pytest.mark.parametrize("text", ["(" * 500 + "axial" + ")" * 499, "+".join(["none"] * 200), "-" * 999, "axial\0"])
+def test_deep_or_broken_specs(text):
+    try:
+        build(text, LAYOUT)
+    except ValueError as error:
+        assert "position" in str(error)  # noqa: PT017

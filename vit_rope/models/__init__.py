@@ -1,0 +1,1 @@
+"""Models with positions: `vit`, timm's VisionTransformer, and `dit`, a diffusion transformer that needs diffusers."""

@@ -1,0 +1,1 @@
+"""Rotating channel pairs near the speed of copying them. This layer knows torch and no position scheme."""

@@ -1,0 +1,149 @@
+"""Absolute positions: vectors of places, added to the tokens before the first layer; and nothing, to compare with."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..base import Layout, Position
+from ..grids import is_whole, read, resample, summed
+from ..specs import register
+from .base import Absolute
+
+
+@register
+class Learned(Absolute):
+    """A learned vector for every cell of the training grid (arXiv:2010.11929).
+
+    On another grid the table is resampled, bicubic and antialiased on images and linear elsewhere; at coordinates
+    that are no whole grid it is read by linear interpolation between cells, and beyond the border it goes on as at the
+    border. A checkpoint of another grid is resampled when it is loaded.
+    """
+
+    extrapolates = False
+
+    def __init__(self, layout: Layout, std: float = 0.02) -> None:
+        super().__init__()
+        if std < 0:
+            raise ValueError(f"learned needs a standard deviation of 0 or more, got {std}")
+        self.layout, self.std = layout, std
+        self.table = nn.Parameter(torch.empty(*layout.grid, layout.width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.table, std=self.std)
+
+    def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
+        table = self.table.float() if grid is None else resample(self.table.float(), grid)
+        return table.flatten(0, -2) if is_whole(coords, grid) else read(table, self.layout.cell(coords, grid))
+
+    def fit(self, stored: Tensor) -> Tensor:
+        """A stored table as this grid needs it, resampled if it is one of another grid."""
+        mine = self.table.shape
+        if stored.shape == mine or stored.ndim != len(mine) or stored.shape[-1] != mine[-1]:
+            return stored
+        return resample(stored.float(), self.layout.grid).to(stored.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        key = f"{prefix}table"
+        if key in state_dict:
+            state_dict[key] = self.fit(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@register
+class Hierarchical(Absolute):
+    """A learned table for one axis, which serves several and goes on beyond its end (Su, https://kexue.fm/archives/7947).
+
+    Su splits place k = i m + j of a table of m rows into digits, p_k = alpha u_i + (1 - alpha) u_j with the table as
+    its first m rows: u = (p - alpha p_0) / (1 - alpha). So each axis of n cells goes on to n² of them. Over axes the
+    same sum is e[y, x] = alpha u_y + (1 - alpha) u_x, of one shared table; with alpha = 1/2 that could not tell (y, x)
+    from (x, y), so Su takes 0.4. A flattened text has a slow and a fast digit, but images have no such axes: a step
+    down would count alpha / (1 - alpha) = 2/3 of one to the right. `tables="axes"` is the honest form there: each axis
+    has a table of its own and equal weight, 1/2 on images, and alpha serves what lies beyond the tables alone.
+
+    Raises ValueError for an alpha outside (0, 1), or one with which two places look the same.
+    """
+
+    extrapolates = False  # but to n² cells
+
+    def __init__(
+        self, layout: Layout, alpha: float = 0.4, tables: Literal["shared", "axes"] = "shared", std: float = 0.02
+    ) -> None:
+        super().__init__()
+        axes, shared = layout.axes, tables == "shared"
+        if not 0 < alpha < 1 or std < 0:
+            raise ValueError(f"hierarchical needs an alpha between 0 and 1 and a std of 0 or more, got {alpha}, {std}")
+        steps = [alpha ** (axes - 1 - a) * (1 if a == 0 else 1 - alpha) for a in range(axes)]
+        sums = {round(sum(chosen), 9) for chosen in product(*((0.0, step) for step in steps))}
+        if alpha == 0.5 or (shared and len(sums) < 2**axes):
+            remedy = 'take another, such as 0.4, or tables="axes" with one' if axes > 1 else "take another, such as 0.4"
+            raise ValueError(f"hierarchical cannot tell digits apart with alpha {alpha}; {remedy}")
+        self.layout, self.alpha, self.std = layout, alpha, std
+        self.weights = steps if shared else [1 / axes] * axes
+        self.sizes = [max(layout.grid)] if shared else list(layout.grid)
+        self.table = nn.Parameter(torch.empty(sum(self.sizes), layout.width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.table, std=self.std)
+
+    def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
+        tables = self.table.to(coords.dtype).split(self.sizes) * (len(self.weights) // len(self.sizes))
+
+        def along(axis: int, cells: Tensor) -> Tensor:
+            low = cells.floor()
+            first, second = (self.digits(tables[axis], low + step) for step in (0, 1))
+            return self.weights[axis] * torch.lerp(first, second, (cells - low)[..., None])
+
+        return summed(along, self.layout.cell(coords, grid), grid)
+
+    def digits(self, table: Tensor, cells: Tensor) -> Tensor:
+        """Rows (…, C) at whole cells (…) of a table (n, C) that goes on to n² cells."""
+        n = len(table)
+        cells = cells.long().clamp(0, n * n - 1)
+        units = (table - self.alpha * table[0]) / (1 - self.alpha)
+        return self.alpha * units[cells // n] + (1 - self.alpha) * units[cells % n]
+
+
+@register
+class Multiplicative(Learned):
+    """A learned vector for every cell that multiplies the token there, x ⊙ (1 + p), from p near 0.
+
+    p is a table as that of `learned`, resampled and read in the same way.
+    """
+
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
+        return x * (1 + self.places(coords, grid, layer)).to(x.dtype)
+
+
+@register
+class Concat(Position):
+    """Token and place side by side, W [x; p], of a learned table of `channels` for every cell.
+
+    This is W_x x + W_p p: a sum again, whose table has fewer channels. W_x begins as the identity. Raises ValueError
+    for fewer than 1 channel.
+    """
+
+    relative, reversible, extrapolates = False, True, False
+
+    def __init__(self, layout: Layout, channels: int = 64) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"concat needs at least 1 channel, got {channels}")
+        self.table = Learned(replace(layout, width=channels, heads=1))
+        self.weight = nn.Parameter(torch.empty(layout.width, layout.width + channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.normal_(std=(self.weight.shape[1] - self.weight.shape[0]) ** -0.5)
+            self.weight[:, : len(self.weight)] = torch.eye(len(self.weight), device=self.weight.device)
+
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
+        places = self.table.places(coords, grid, layer).to(x.dtype).expand(*x.shape[:-1], -1)
+        return F.linear(torch.cat((x, places), dim=-1), self.weight.to(x.dtype)).to(x.dtype)

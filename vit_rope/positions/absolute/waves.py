@@ -1,0 +1,135 @@
+"""Absolute positions made of waves: Fourier features of any frequencies, and places as the phases of the tokens."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...ops.rotate import rotate
+from ...ops.tables import cos_sin
+from ..base import Layout
+from ..encoding import Encoding
+from ..rotary.base import Rotary, geometric
+from ..specs import register
+from .base import Absolute
+
+
+@register
+class SinCos(Absolute):
+    """Fixed sines and cosines of the coordinates (arXiv:1706.03762), an equal share of the channels for each axis.
+
+    An axis with P frequencies base^(-j/P) fills P sines, then P cosines: rows first, as in MAE (arXiv:2111.06377);
+    channels that do not divide stay zero, at the end. With axes=1 the one axis is the flattened grid.
+    """
+
+    def __init__(self, layout: Layout, base: float = 10000.0, axes: int | None = None) -> None:
+        super().__init__()
+        if axes not in (None, 1, layout.axes):
+            raise ValueError(f"sincos(axes=…) is 1 or the grid's own number of axes, {layout.axes}, got {axes}")
+        if base <= 0:
+            raise ValueError(f"sincos needs a positive base, got {base}")
+        self.layout, self.base, self.flattened = layout, base, axes == 1
+        if layout.width < 2 * (1 if self.flattened else layout.axes):
+            raise ValueError(f"width {layout.width} is too small for sines and cosines of {layout.axes} axes")
+
+    def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
+        coords = self.layout.flatten(coords, grid) if self.flattened else coords
+        count = self.layout.width // (2 * coords.shape[-1])
+        speeds = self.base ** (-torch.arange(count, dtype=coords.dtype, device=coords.device) / count)
+        theta = coords[..., None] * speeds
+        vectors = torch.stack((theta.sin(), theta.cos()), dim=-2).flatten(-3)
+        return nn.functional.pad(vectors, (0, self.layout.width - vectors.shape[-1]))
+
+
+@register
+class Fourier(Absolute):
+    """Sines and cosines of the coordinates, on whatever scale, which two layers (GELU between) take to a vector.
+
+    With p the coordinates of which a grid spans [-1, 1] along each axis, `bands` "octaves" are sin and cos of
+    2^k pi p_a for k = 0 … count - 1 along each axis a, as in NeRF (arXiv:2003.08934), by default up to two cells of the
+    training grid a period. "learned" are `count` (64) frequencies that all axes share in and that training moves,
+    drawn at first from a normal distribution of one radian per cell: learnable Fourier features (arXiv:2106.02795).
+    Other grids are stretched to the same span. Raises ValueError for a count or `hidden` width below 1.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        bands: Literal["octaves", "learned"] = "octaves",
+        count: int | None = None,
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__()
+        octaves = bands == "octaves"
+        if count is None:
+            count = max(1, math.ceil(math.log2(max(layout.grid)))) if octaves else 64
+        hidden = layout.width if hidden is None else hidden
+        if count < 1 or hidden < 1:
+            raise ValueError(f"fourier needs a count and a hidden width of at least 1, got {count} and {hidden}")
+        self.layout, self.count, self.extrapolates = layout, count, not octaves
+        waves = count * layout.axes if octaves else count
+        self.freqs = None if octaves else nn.Parameter(torch.empty(layout.axes, count))
+        self.inner = nn.Parameter(torch.empty(hidden, 2 * waves))
+        self.inner_bias = nn.Parameter(torch.empty(hidden))
+        self.outer = nn.Parameter(torch.empty(layout.width, hidden))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.freqs is not None:
+            with torch.no_grad():  # a radian per cell, of which the span from -1 to 1 has n
+                spans = torch.tensor(self.layout.grid, dtype=torch.float32, device=self.freqs.device)
+                self.freqs.normal_().mul_(spans[:, None] / 2)
+        nn.init.normal_(self.inner, std=(self.inner.shape[1] / 2) ** -0.5)  # a sine's and a cosine's squares sum to 1
+        nn.init.zeros_(self.inner_bias)
+        nn.init.normal_(self.outer, std=self.outer.shape[1] ** -0.5)
+
+    def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
+        inner, bias, outer = (weight.to(coords.dtype) for weight in (self.inner, self.inner_bias, self.outer))
+        return F.linear(F.gelu(F.linear(self.waves(coords, grid), inner, bias)), outer)
+
+    def waves(self, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
+        """Sines, then cosines (…, 2W) at coordinates (…, A); octaves an axis at a time."""
+        cells = self.layout.cell(coords, grid)
+        sizes = self.layout.grid if grid is None else grid
+        places = torch.stack([(2 * cells[..., a] + 1) / n - 1 for a, n in enumerate(sizes)], dim=-1)
+        if self.freqs is None:
+            octaves = math.pi * 2 ** torch.arange(self.count, dtype=coords.dtype, device=coords.device)
+            theta = (places[..., None] * octaves).flatten(-2)
+        else:
+            theta = (places[..., None] * self.freqs.to(coords.dtype)).sum(dim=-2)
+        return torch.cat((theta.sin(), theta.cos()), dim=-1)
+
+
+@register
+class ComplexOrder(Rotary):
+    """Channel pairs of a token are complex numbers r e^{i phi}, and its place turns them: r e^{i (omega p + phi)}.
+
+    Complex-valued embeddings (arXiv:1912.12333): amplitude and phase are the token's own, frequencies are learned from
+    base^(-j/P) along each axis, P pairs each. There every word has frequencies of its own; those of a patch would be a
+    function of what it shows, so here all tokens share them. Products of embeddings are then relative as in RoPE, but
+    what the weights of an attention make of them is not. Raises ValueError where the width is too small.
+    """
+
+    relative = False
+    reversible = True
+
+    def __init__(self, layout: Layout, base: float = 10000.0) -> None:
+        each, axes = layout.width // (2 * layout.axes), layout.axes
+        if each == 0 or base <= 0:
+            raise ValueError(
+                f"complexorder needs a positive base and channel pairs for each of {axes} axes, "
+                f"got base {base} and width {layout.width}"
+            )
+        freqs = torch.zeros(1, 1, axes, axes * each, dtype=torch.float64, device="cpu")
+        for axis in range(axes):
+            freqs[..., axis, axis * each : (axis + 1) * each] = geometric(each, base)
+        super().__init__(freqs, learned=True)
+
+    def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
+        return Encoding()
+
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
+        return rotate(x[:, None], cos_sin(self.frequencies(coords), coords, grid)[0])[:, 0]

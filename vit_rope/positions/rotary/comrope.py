@@ -1,0 +1,66 @@
+"""ComRoPE (arXiv:2506.03737): generators in blocks that commute, as the frequencies that they are behind a basis."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..base import Layout
+from ..specs import register
+from .base import LearnedSpeeds, Rotary
+from .generators import blocks_of
+
+
+@register
+def comrope_ap(layout: Layout, block: int = 8, std: float = 0.1) -> Rotary:
+    """ComRoPE with angles partitioned: axes take turns at blocks of channels, each of a learned generator.
+
+    A generator P - P^T of b channels is b / 2 frequencies behind a basis that the projections absorb. Those frequencies
+    are learned, for each layer and head, and begin as those of a normal P with deviation `std`, in radians per unit
+    (ComRoPE-AP, arXiv:2506.03737). Raises ValueError for a block that is odd or leaves an axis without one.
+    """
+    speeds = _random_speeds("comrope_ap", layout, block, std)
+    axis = torch.arange(speeds.shape[-2], device="cpu") % layout.axes
+    directions = nn.functional.one_hot(axis, layout.axes).t().repeat_interleave(block // 2, dim=-1)
+    return LearnedSpeeds(directions, speeds.flatten(-2))
+
+
+@register("comrope_ld")
+class ComRoPELD(Rotary):
+    """ComRoPE with linearly dependent generators: each block has one, times a learned number for each axis.
+
+    B_a = theta_a (P - P^T) is theta_a times the b / 2 frequencies of P - P^T, behind a basis that the projections
+    absorb, so that each block looks along one direction theta. Both are learned, for each layer and head; theta begins
+    normal, frequencies as those of a normal P with deviation `std`, in radians per unit (ComRoPE-LD, arXiv:2506.03737).
+    Raises ValueError for a block that is odd or where there are fewer blocks than axes.
+    """
+
+    def __init__(self, layout: Layout, block: int = 8, std: float = 0.1) -> None:
+        speeds = _random_speeds("comrope_ld", layout, block, std)
+        theta = torch.randn(layout.depth, layout.heads, layout.axes, speeds.shape[-2], 1, device="cpu")
+        super().__init__((theta * speeds[:, :, None]).flatten(-2))
+        self.first = theta, speeds
+        self.theta, self.speeds = nn.Parameter(torch.empty(theta.shape)), nn.Parameter(torch.empty(speeds.shape))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            for parameter, value in zip((self.theta, self.speeds), self.first, strict=True):
+                parameter.copy_(value)
+
+    def frequencies(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        return (self.theta.to(coords.dtype) * self.speeds.to(coords.dtype)[:, :, None]).flatten(-2)
+
+
+def _random_speeds(name: str, layout: Layout, block: int, std: float) -> Tensor:
+    """Frequencies (L, H, S, b / 2) of matrices P - P^T with normal P (b, b)."""
+    count = blocks_of(name, layout, block)
+    if block % 2 or count < layout.axes:
+        raise ValueError(
+            f"{name} needs an even block, and a block for each of {layout.axes} axes, got {count} blocks of {block} in "
+            f"head_dim {layout.head_dim}"
+        )
+    if std <= 0:
+        raise ValueError(f"{name} needs a positive standard deviation, got {std}")
+    p = std * torch.randn(layout.depth, layout.heads, count, block, block, device="cpu")
+    return torch.linalg.eigvalsh(1j * (p - p.mT))[..., block // 2 :].float()
