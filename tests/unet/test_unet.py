@@ -38,7 +38,7 @@ from tests.helpers import ROOT, spec_of
 from vit_rope import unet as unets
 from vit_rope.positions import Layout, Rotary, build, schemes
 from vit_rope.unet import RopeUNet2DConditionModel, RopeUNet2DModel, add_positions, remove_positions
-from vit_rope.unet.attention import PlacedAttention
+from vit_rope.unet.attention import PlacedAttention, PositionProcessor
 from vit_rope.unet.maps import build_at, map_layout
 
 FITTING = {"comrope_ap": "comrope_ap(block=4)", "comrope_ld": "comrope_ld(block=4)"}  # for heads of 8 channels
@@ -159,7 +159,7 @@ def attention(spec="none", grid=(4, 6), unit="index", origin=0.0, level=0, **opt
     layout = map_layout(32, module.heads, module.inner_dim // module.heads, level, size, unit, origin)
     position = build_at("attention", level, spec, layout, "")
     module.__class__, module.layout, module.position = PlacedAttention, layout, position
-    module.set_processor(unets.PositionProcessor())
+    module.set_processor(PositionProcessor())
     return module
 
 
