@@ -38,7 +38,7 @@ SPECS += [  # options that are schemes of their own
     "liere(block=2)",
     "commuting(block=6)",
     'string(pairs="half")',
-    "dealt(blocks=True, idle=1)",
+    "mrope(blocks=True, idle=1)",
     'dinov3(pairs="interleaved", periods="bfloat16")',
     "sincos(axes=1)",
     'fourier(bands="learned")',

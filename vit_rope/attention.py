@@ -20,7 +20,6 @@ T = TypeVar("T")
 
 
 @torch.fx.wrap
-@torch.jit.ignore
 def attend(
     q: Tensor,
     k: Tensor,
@@ -59,7 +58,7 @@ def attend(
         q, k = _beside(q * scale, extra_q, encoding.prefix[0]), _beside(k, extra_k, encoding.prefix[1])
         v, scale = F.pad(v, (0, extra_q.shape[-1])), 1.0  # flash kernels want heads of one width
     q, k = q.to(v.dtype), k.to(v.dtype)
-    values = [term for term in terms if term.on == "v"]
+    values = [term for term in terms if term.acts_on == "v"]
     if fused and not values:
         shared = not torch.jit.is_tracing() and q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=shared)
@@ -69,7 +68,6 @@ def attend(
 
 
 @torch.fx.wrap
-@torch.jit.ignore
 def attend_qkv(
     qkv: Tensor,
     heads: int,
@@ -101,7 +99,6 @@ def attend_qkv(
 
 
 @torch.fx.wrap
-@torch.jit.ignore
 def attend_linear(
     q: Tensor,
     k: Tensor,
@@ -238,9 +235,9 @@ def _bias(
         _check(table.shape[-1], 0, k.shape[2], "keys")
     bias = bias_at(encoding, layer)
     for term in terms:
-        if term.on == "q":
+        if term.acts_on == "q":
             found = _of_index(q, term) * scale
-        elif term.on == "k":
+        elif term.acts_on == "k":
             found = _of_index(k, term._replace(index=term.index.transpose(-2, -1))).transpose(-2, -1) * scale
         else:
             continue

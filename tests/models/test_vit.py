@@ -260,14 +260,6 @@ def test_video_signals_and_volumes_are_the_same_class():
         video.set_input_size(patch_size=(1, 16, 16))
 
 
-def test_scripted_models_call_back_for_positions():
-    net, x = model("learned + mixed", dynamic_img_size=True), images(64, 96)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer releases of torch say that scripting is deprecated
-        scripted = torch.jit.script(copy.deepcopy(net))
-    torch.testing.assert_close(scripted(x), net(x))
-
-
 def test_traced_models_hold_no_complex_numbers():
     net, x = model("mixed"), images(64, 64)
     with warnings.catch_warnings():

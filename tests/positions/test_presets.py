@@ -242,18 +242,18 @@ def test_every_preset_builds_and_says_where_it_comes_from(name):
     ("spec", "message"),
     [
         ("xy(axial(learned=True))", "such as xy(axial), not LearnedSpeeds"),
-        ("ladder(axial, first=0)", "ladder needs a positive first and last speed, got 0 and 100.0"),
-        ("ladder(goldengate, learned=True)", "a ladder learns the speeds of a scheme whose layers and heads turn"),
-        ("ladder(dinov3)", "ladder modifies axial and its kin, not DinoV3, which computes its own speeds"),
+        ("spectrum(axial, first=0)", "spectrum needs a positive first and last speed, got 0 and 100.0"),
+        ("spectrum(goldengate, learned=True)", "spectrum learns the speeds of a scheme whose layers and heads turn"),
+        ("spectrum(dinov3)", "spectrum modifies axial and its kin, not DinoV3, which computes its own speeds"),
         ("ltx(base=0)", "ltx needs base > 0, an even head_dim and a width of 4 or more, got 0, 64 and 128"),
-        ("span(axial, first=1)", "span needs a first and another last coordinate, got 1 for both"),
+        ("normalize(axial, low=1)", "normalize needs low and high to differ, got 1 for both"),
         ("goldengate(rounds=0)", "goldengate finds its ratio in 1 round or more, got 0"),
         ("xy(learned)", "xy modifies a rotary scheme with frequencies for each axis, such as xy(axial)"),
         ("alternate(axial(share=(16, 24)))", "axes alternate where each has as many pairs of its own as the others"),
         ("alternate(mixed)", "axes alternate where each has as many pairs of its own as the others"),
         ("reference(axial, grid=(4, 4, 4))", "reference grid (4, 4, 4) has 3 axes, the layout 2"),
         ("reference(axial, grid=(4, 0))", "a grid needs at least one cell"),
-        ("dealt(idle=-1)", "dealt needs idle >= 0, base > 0 and an even head_dim"),
+        ("mrope(idle=-1)", "mrope needs idle >= 0, base > 0 and an even head_dim"),
         ("vjepa2(base=0)", "vjepa2 needs a base above 0"),
         ('dinov3(periods="float16")', "dinov3(periods=…) takes 'float32' or 'bfloat16'"),
     ],
@@ -267,5 +267,5 @@ def test_refusals(spec, message):
 def test_a_span_is_the_same_in_every_unit(places):
     cos_sin = []
     for layout in (Layout(128, 2, (5, 4)), Layout(128, 2, (5, 4), **places)):
-        cos_sin.append(tables(build("span(axial, last=3)", layout)(layout.coords(SHAPE), grid=list(SHAPE)).q)[0])
+        cos_sin.append(tables(build("normalize(axial, high=3)", layout)(layout.coords(SHAPE), grid=list(SHAPE)).q)[0])
     torch.testing.assert_close(*cos_sin, rtol=0, atol=2e-6)

@@ -23,7 +23,7 @@ from vit_rope.__main__ import main
 from vit_rope.cli import study
 from vit_rope.models.dit import RopeDiT
 from vit_rope.plots import plot_study
-from vit_rope.sampling import SCHEDULERS, Denoiser, load, sample, sample_batches
+from vit_rope.sampling import SCHEDULERS, Denoiser, SampleConfig, load, sample, sample_batches
 from vit_rope.training import quality
 from vit_rope.training.data import in_memory
 from vit_rope.training.diffusion import Diffusion, make_noise, make_target, snr_weight
@@ -244,7 +244,7 @@ def test_an_image_is_the_same_however_many_are_drawn(make, name):
     many = sample(trained, 13, 3, name, seed=5)
     assert torch.equal(sample(trained, 3, 3, name, seed=5), many[:3])
     for batch in (4, 100):
-        parts = list(sample_batches(trained, 11, 3, name, seed=5, batch=batch))
+        parts = list(sample_batches(trained, SampleConfig(11, 3, name, seed=5, batch=batch)))
         assert {len(part) for part in parts[:-1]} <= {batch}
         assert torch.equal(torch.cat(parts), many[:11])
     torch.testing.assert_close(sample(trained, 1, 3, name, seed=7), many[2:3], rtol=0, atol=1e-3)
@@ -261,7 +261,7 @@ def test_a_walk_leads_from_one_seed_to_another(name):
     steps = (images[1:] - images[:-1]).flatten(1).norm(dim=1)
     assert steps.min() > 0.1
     assert steps.max() < (images[-1] - images[0]).norm()
-    parts = torch.cat(list(sample_batches(trained, 6, 4, name, seed=3, end_seed=8, batch=4)))
+    parts = torch.cat(list(sample_batches(trained, SampleConfig(6, 4, name, seed=3, end_seed=8, batch=4))))
     assert torch.equal(parts, images)
     noise = torch.randn(2, 50_000)
     for share in (0, 0.3, 1):
@@ -365,7 +365,7 @@ def test_transformer(spec, tmp_path):
 def test_a_transformer_begins_anew_what_its_folder_does_not_have(tmp_path):
     transformer(position="axial").unet.save_pretrained(tmp_path)
     model = RopeDiT.from_pretrained(tmp_path, position="learned")
-    assert 0.01 < model.scheme.table.std() < 0.03
+    assert 0.01 < model.position.table.std() < 0.03
     assert model.config.position == "learned"
 
 
@@ -639,9 +639,9 @@ def test_learned_frequencies_are_scaled_as_they_were_trained(tmp_path):
     trained = transformer(position="mixed")
     sampling.save(trained, tmp_path)
     scaled = load(tmp_path, scaling="interpolate", size=(16, 16)).unet
-    assert torch.equal(scaled.scheme.freqs, trained.unet.scheme.freqs)
+    assert torch.equal(scaled.position.freqs, trained.unet.position.freqs)
     where = scaled.layout.coords([4, 4])
-    torch.testing.assert_close(scaled.scheme.frequencies(where) * 2, trained.unet.scheme.freqs)
+    torch.testing.assert_close(scaled.position.frequencies(where) * 2, trained.unet.position.freqs)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from contextlib import suppress
 from ..positions import Layout, build
 from ..positions.specs import _SCHEMES, schemes
 
-CLAIMS = ("relative", "reversible", "flash", "learned", "extrapolates")
+CLAIMS = ("relative", "reversible", "flash", "learned", "unbounded")
 
 
 def _claims(name: str) -> tuple[bool, ...]:
@@ -15,7 +15,7 @@ def _claims(name: str) -> tuple[bool, ...]:
         layout = Layout(width=48, heads=2, grid=grid, depth=2)
         if spec := example_spec(name, layout):
             scheme = build(spec, layout)
-            return scheme.relative, scheme.reversible, scheme.keeps_flash, scheme.learned, scheme.extrapolates
+            return scheme.relative, scheme.reversible, scheme.keeps_flash, scheme.learned, scheme.unbounded
     raise ValueError(f"{name} takes neither axial nor learned inside it, on images or on signals")
 
 

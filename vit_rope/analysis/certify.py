@@ -158,7 +158,7 @@ def _heads(x: Tensor, layout: Layout) -> Tensor:
 
 def _logits(q: Tensor, k: Tensor, encoding: Encoding, layer: int) -> Tensor:
     """Logits (H, N, M) up to a constant in each row, read off the weights on one-hot values."""
-    terms = encoding.terms and [[term for term in terms if term.on != "v"] for terms in encoding.terms]
+    terms = encoding.terms and [[term for term in terms if term.acts_on != "v"] for terms in encoding.terms]
     encoding = encoding._replace(v=Transform(), out=Transform(), terms=terms)
     values = torch.eye(k.shape[2], dtype=k.dtype).expand(*k.shape[:2], -1, -1)
     return attend(q, k, values, encoding, layer)[0].clamp(min=1e-200).log()

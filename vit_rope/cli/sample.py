@@ -13,7 +13,7 @@ from torch import Tensor
 from ..files import one_line
 from ..sampling.images import image_of, picture, to_bytes, write_gif, write_png
 from ..sampling.io import DTYPES, load
-from ..sampling.sampler import sample_batches
+from ..sampling.sampler import SampleConfig, sample_batches
 from ..sampling.schedulers import SCHEDULERS, check_scheduler
 
 
@@ -51,8 +51,18 @@ def run(options: argparse.Namespace) -> None:
                 frames.append(images)
 
         drawn = []
-        chosen = (options.n, options.steps, options.scheduler, options.size, options.label, options.guidance)
-        for images in sample_batches(trained, *chosen, options.seed, options.batch, callback, options.end_seed):
+        config = SampleConfig(
+            options.n,
+            options.steps,
+            options.scheduler,
+            options.size,
+            options.label,
+            options.guidance,
+            options.seed,
+            options.batch,
+            options.end_seed,
+        )
+        for images in sample_batches(trained, config, callback):
             if options.png_dir:
                 options.png_dir.mkdir(parents=True, exist_ok=True)
                 first = options.seed if options.end_seed is None else 0

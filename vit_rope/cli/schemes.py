@@ -18,7 +18,7 @@ def main(args: Sequence[str]) -> None:
         "vit-rope schemes",
         description="List every position scheme with what it claims on an image. relative: logits depend on "
         "displacements alone; reversible: no two cells of the training grid look the same; flash: attention needs no "
-        "mask; learned: training changes it; extrapolates: places beyond the training grid differ too.",
+        "mask; learned: training changes it; unbounded: coordinates beyond the training grid are told apart too.",
     )
     parser.add_argument("--sort", choices=["scheme", *CLAIMS], default="scheme", help="a column: those that do, first")
     table = scheme_table(parser.parse_args(args).sort)

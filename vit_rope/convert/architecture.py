@@ -157,7 +157,7 @@ def _placed(net: Any) -> dict[str, Any]:
         position, unit = f"dinov3(base={rope.temperature:.9g}{pairs})", UNITS[rope.normalize_coords]
     elif isinstance(rope, layers.RotaryEmbeddingMRope):
         refuse(min(rope.mrope_section[1:]) * 6 < rope.dim, "a multimodal RoPE whose sections leave pairs over")
-        position = f"dealt(base={rope.temperature:.9g}, idle=1)"
+        position = f"mrope(base={rope.temperature:.9g}, idle=1)"
     else:
         raise ValueError(f"RopeViT has no positions like {type(rope).__name__}")
     if rope.grid_indexing == "xy" and not isinstance(rope, layers.RotaryEmbeddingMixed):

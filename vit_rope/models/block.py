@@ -47,9 +47,7 @@ class RopeAttention(Attention):
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         dropout = self.attn_drop.p if self.training else 0.0
         qkv = self.qkv(x)
-        overwrite = False
-        if not torch.jit.is_scripting():
-            overwrite = not isinstance(x, torch.fx.Proxy) and has_no_hooks(self.qkv)
+        overwrite = not isinstance(x, torch.fx.Proxy) and has_no_hooks(self.qkv)
         layer, fused = self.layer, self.fused_attn
         if self.packed:
             x = attend_qkv(qkv, self.num_heads, encoding, layer, attn_mask, is_causal, dropout, fused, overwrite)

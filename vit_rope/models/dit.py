@@ -82,8 +82,8 @@ class RopeDiT(ModelMixin, ConfigMixin):
         origin = position_origin if isinstance(position_origin, (int, float, str)) else tuple(position_origin)
         self.layout = Layout(embed_dim, num_heads, tuple(grid), depth, position_unit, origin)
         self.layout.coords()  # an origin that does not fit is found here
-        self.scheme = build(position, self.layout)
-        check_kind(attention, self.scheme, self.layout)
+        self.position = build(position, self.layout)
+        check_kind(attention, self.position, self.layout)
         self.embed = nn.Linear(in_channels * patch_size**2, embed_dim)
         self.time = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, embed_dim)
@@ -120,11 +120,11 @@ class RopeDiT(ModelMixin, ConfigMixin):
         condition = nn.functional.silu(condition)
         x = sample.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
         where = self.layout.coords(grid, sample.device)
-        x = self.scheme.embed(self.embed(x.flatten(3).flatten(1, 2)), where, grid)
-        encoding = self.scheme(where, 0, None, None, grid)
+        x = self.position.embed(self.embed(x.flatten(3).flatten(1, 2)), where, grid)
+        encoding = self.position(where, 0, None, None, grid)
         for i, block in enumerate(self.blocks):
-            if i > 0 and self.scheme.each_layer:
-                x = self.scheme.embed(x, where, grid, i)
+            if i > 0 and self.position.each_layer:
+                x = self.position.embed(x, where, grid, i)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = cast(Any, self)._gradient_checkpointing_func(block, x, encoding, condition)
             else:
@@ -142,9 +142,12 @@ class RopeDiT(ModelMixin, ConfigMixin):
         reset_missing_parameters(loaded[0], loaded[1].get("missing_keys", []))
         return loaded if output_loading_info else loaded[0]
 
+    def __getattr__(self, name: str) -> Any:  # diffusers would answer with the config's spec of this name
+        return nn.Module.__getattr__(self, name) if name == "position" else super().__getattr__(name)
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone: all that positions learn, and the labels'."""
-        return {f"scheme.{name}" for name, _ in self.scheme.named_parameters()} | {"label_embed.weight"}
+        return {f"position.{name}" for name, _ in self.position.named_parameters()} | {"label_embed.weight"}
 
     def _time(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
         if not isinstance(timestep, Tensor):
@@ -162,7 +165,7 @@ class RopeDiT(ModelMixin, ConfigMixin):
 
 
 if is_accelerate_available():  # learned frequencies keep their precision in from_pretrained(torch_dtype=…)
-    RopeDiT._keep_in_fp32_modules = ["scheme"]
+    RopeDiT._keep_in_fp32_modules = ["position"]
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 
 @torch.fx.wrap
-@torch.jit.ignore
 def insert_memory(x: Tensor, memory: Tensor | None, prefix: int, count: int) -> Tensor:
     """Tokens x (B, N, C), the last `count` of their `prefix` replaced by `memory` (B, count, C) if there is any.
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..positions import Layout
 from ..positions import coords as places
-from ..positions.base import InPython, in_python
 
 
 class PatchEmbed2d(PatchEmbed):
@@ -77,7 +76,7 @@ class PatchEmbedNd(nn.Module):
         return self.norm(self.proj(x))
 
 
-class PatchCoordinates(InPython):
+class PatchCoordinates(nn.Module):
     """Where the patches of images (B, C, *sizes) are: checks the images and makes, or checks, coordinates.
 
     In training they are varied by `augment`, the options of `coords.augment`. A module of its own so that tracers take
@@ -104,10 +103,8 @@ class PatchCoordinates(InPython):
         self.channels, self.patch, self.pad = channels, patch, pad
         self.image: tuple[int, ...] | None = image  # None takes every size
 
-    @torch.jit.ignore
     def forward(self, x: Tensor, coords: Tensor | None = None) -> tuple[Tensor, list[int] | None]:
         """Coordinates of all patches, and the grid they come from; the caller's own `coords` come from none."""
-        self = in_python(self)
         self.check_image(x)
         up = self.patch if self.pad else (1,) * len(self.patch)
         grid = [(n + u - 1) // p for n, p, u in zip(x.shape[2:], self.patch, up, strict=True)]
@@ -145,16 +142,15 @@ class PatchCoordinates(InPython):
 register_notrace_module(PatchCoordinates)
 
 
-class Place(InPython):
+class Place(nn.Module):
     """`position.embed` of a model as a module, which tracers take as one step, whatever `add` does with arguments."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.owner = (model,)  # in a tuple, or it would become a part of its own part
 
-    @torch.jit.ignore
     def forward(self, x: Tensor, coords: Tensor, grid: list[int] | None, layer: int) -> Tensor:
-        model: Any = in_python(self).owner[0]
+        model: Any = self.owner[0]
         return model.position.embed(x, coords, grid, layer)
 
 

@@ -39,6 +39,7 @@ from ..attention import attend, attend_linear, attend_qkv, check_linear
 from ..positions import Encoding, Layout, Position, build
 from ..positions import coords as places
 from ..positions.absolute.learned import Learned
+from ..positions.specs import rebuild
 from .block import RopeBlock
 from .memory import insert_memory
 from .patches import PatchCoordinates, PatchEmbed2d, PatchEmbedNd, Place, format_size, sizes
@@ -196,12 +197,10 @@ class RopeViT(VisionTransformer):
         drop = PatchDropoutWithIndices(rate, self.num_prefix_tokens) if rate > 0 else None
         self.patch_drop = drop  # pyrefly: ignore[bad-assignment]
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone: timm's, and all that a position scheme learns."""
         return super().no_weight_decay() | {f"position.{name}" for name, _ in self.position.named_parameters()}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups for layer decay, positions learning as slowly as the patch embedding."""
         groups: dict[str, Any] = super().group_matcher(coarse)
@@ -213,23 +212,14 @@ class RopeViT(VisionTransformer):
         self.locate.patch = tuple(self.patch_embed.patch_size)
         self.locate.image = None if self.dynamic_img_size else tuple(self.patch_embed.img_size)
 
-    @torch.jit.ignore
     def set_position(self, position: str) -> None:
         """Take another spec that learns the same numbers: "ntk(mixed, factor=2)" for a model trained with "mixed".
 
         What the positions have learned stays. Saved models remember the spec. Raises ValueError, and changes nothing,
         for a spec that does not fit, or learns other parameters.
         """
-        scheme, learned = build(position, cast(Layout, self.position.made_for)), self.position.state_dict()
-        wanted = {name: tuple(value.shape) for name, value in scheme.state_dict().items()}
-        if wanted != {name: tuple(value.shape) for name, value in learned.items()}:
-            raise ValueError(
-                f"{position!r} learns {sorted(wanted) or 'nothing'}, but the model's positions learned "
-                f"{sorted(learned) or 'nothing'}; create a model with it instead"
-            )
-        place = next(self.parameters()).device
-        scheme.to(place).load_state_dict(learned, assign=True)
-        self.position, self.each_layer = scheme.train(self.training), scheme.each_layer
+        self.position = rebuild(self.position, position)
+        self.each_layer = self.position.each_layer
         self._model_args = dict(getattr(self, "_model_args", {}), position=position)  # as timm's set_input_size does
 
     def _embed(
@@ -253,9 +243,8 @@ class RopeViT(VisionTransformer):
 
     def _place(self, x: Tensor, where: Tensor, grid: list[int] | None, layer: int) -> Tensor:
         """Patch tokens (B, N, C) with their absolute places in them."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 - it would compile the rest of a longer condition
-            if isinstance(x, torch.fx.Proxy):
-                return self.place(x, where, grid, layer)
+        if isinstance(x, torch.fx.Proxy):
+            return self.place(x, where, grid, layer)
         return self.position.embed(x, where, grid, layer)
 
     def _embed_again(self, x: Tensor, where: Tensor, grid: list[int] | None, layer: int) -> Tensor:
@@ -279,7 +268,7 @@ class RopeViT(VisionTransformer):
         for i, block in enumerate(self.blocks):
             if i > 0 and self.each_layer:
                 x = self._embed_again(x, where, grid, i)
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing:
                 x = checkpoint(block, x, encoding, attn_mask, is_causal)
             else:
                 x = block(x, encoding, attn_mask, is_causal)
@@ -317,15 +306,12 @@ class RopeViT(VisionTransformer):
         take, last = feature_take_indices(len(self.blocks), indices)
         sizes = self.patch_embed.dynamic_feat_size(x.shape[2:])
         x, encoding, where, grid = self._embed(x, coords)
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a list of modules
-            blocks = self.blocks
-        else:
-            blocks = self.blocks[: last + 1]
+        blocks = self.blocks[: last + 1] if stop_early else self.blocks
         taken: list[Tensor] = []
         for i, block in enumerate(blocks):
             if i > 0 and self.each_layer:
                 x = self._embed_again(x, where, grid, i)
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing:
                 x = checkpoint(block, x, encoding, attn_mask, is_causal)
             else:
                 x = block(x, encoding, attn_mask, is_causal)
@@ -342,7 +328,7 @@ class RopeViT(VisionTransformer):
             if not intermediates_only:
                 result["image_features"] = self.norm(x)
             return result
-        if not torch.jit.is_scripting() and return_prefix_tokens and self.num_prefix_tokens:
+        if return_prefix_tokens and self.num_prefix_tokens:
             maps = list(zip(maps, prefix, strict=True))
         if intermediates_only:
             return maps  # pyrefly: ignore[bad-return]  zipped with prefixes, as timm does

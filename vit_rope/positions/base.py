@@ -8,12 +8,10 @@ for absolute schemes. The base classes do nothing, so a scheme overrides only wh
 """
 
 import functools
-import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.fx
@@ -80,32 +78,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-_NUMBERS = itertools.count()
-_ALIVE: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
-
-
-class InPython(nn.Module):
-    """A module whose ignored methods TorchScript runs in Python, where `in_python(self)` is the module itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._enlist()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # copies have a number of their own
-        super().__setstate__(state)
-        self._enlist()
-
-    def _enlist(self) -> None:
-        self.number = next(_NUMBERS)
-        _ALIVE[self.number] = self
-
-
-def in_python(module: Any) -> Any:
-    """The Python module behind one that TorchScript may have wrapped, which has lost all but its simple attributes."""
-    return _ALIVE[module.number] if isinstance(module, torch.jit.ScriptModule) else module
-
-
-class Position(InPython):
+class Position(nn.Module):
     """A position scheme; this base is `none`, for which tokens form a set.
 
     What it learns stays in float32 (or float64) under `.bfloat16()` and `.half()`.
@@ -115,14 +88,12 @@ class Position(InPython):
     relative: bool = True  # logits depend on displacements alone
     reversible: bool = False  # on the training grid no two places look the same
     keeps_flash: bool = True  # attention needs no mask
-    extrapolates: bool = True  # every coordinate has a place of its own, also beyond the training grid
+    unbounded: bool = True  # every coordinate has a place of its own, also beyond the training grid
 
     each_layer: bool = False  # whether `add` acts again before the layers after the first
     axes: int | None = None  # how many axes coordinates must have; None takes any
-    made_for: Layout | None = None  # what `build` made it for
-
-    __jit_unused_properties__ = ("learned",)  # TorchScript would compile them
-    __jit_ignored_attributes__ = ("made_for",)  # and the class of this
+    made_for: Layout | None = None  # the layout that `build` made it for
+    spec: str = ""  # the spec that `build` made it from
 
     @property
     def learned(self) -> bool:
@@ -153,7 +124,6 @@ class Position(InPython):
 
         return super()._apply(keep_precision, recurse)
 
-    @torch.jit.ignore
     def forward(
         self,
         coords: Tensor,
@@ -169,7 +139,6 @@ class Position(InPython):
         an axis at a time as `coords.grid` makes them (shifted or stretched, but not cell by cell).
         Raises TypeError or ValueError for coordinates of another type or number of axes.
         """
-        self = in_python(self)
         coords = self._check(coords, grid)
         if key_coords is not None:
             key_coords = places.check(key_coords, self.axes)
@@ -177,10 +146,8 @@ class Position(InPython):
             encoding = self.encode(coords, key_coords, grid)
         return after(encoding, prefix, prefix if key_prefix is None else key_prefix)
 
-    @torch.jit.ignore
     def embed(self, x: Tensor, coords: Tensor, grid: list[int] | None = None, layer: int = 0) -> Tensor:
         """Patch tokens x (B, N, C) with their absolute places in them, for `coords` and `grid` as in a call."""
-        self = in_python(self)
         return self.add(x, self._check(coords, grid), grid, layer)
 
     def _check(self, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
@@ -196,7 +163,7 @@ class Sum(Position):
         self.relative = all(part.relative for part in parts)
         self.reversible = any(part.reversible for part in parts)
         self.keeps_flash = all(part.keeps_flash for part in parts)
-        self.extrapolates = all(part.extrapolates for part in parts)
+        self.unbounded = all(part.unbounded for part in parts)
         self.each_layer = any(part.each_layer for part in parts)
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:

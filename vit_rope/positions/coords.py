@@ -110,7 +110,6 @@ def augment(coords: Tensor, shift: float = 0.0, jitter: float = 1.0, rescale: fl
 
 
 @torch.fx.wrap
-@torch.jit.ignore
 def take(coords: Tensor, keep: Tensor) -> Tensor:
     """Coordinates (B, K, A) of the tokens that `keep` (B, K) lists, from coordinates (N, A) or (B, N, A)."""
     if coords.ndim == 2:

@@ -7,7 +7,7 @@ processes; TorchScript, which must be able to carry them, takes away methods, so
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..ops.tables import cos_sin
 
 T = TypeVar("T")
+ActsOn = Literal["q", "k", "v", "logits"]
 
 
 class DeferredRotation(NamedTuple):
@@ -47,13 +48,13 @@ class Transform(NamedTuple):
 class RelativeTerm(NamedTuple):
     """A term that a pair of tokens looks up: r_ij is row index_ij (B or 1, N, M) of a table (H or 1, T, D), 0 for T.
 
-    `on` "q": q_i · r_ij joins the logits, scaled as q · k is; "k": k_j · r_ij does; "v": the output of token i gains
-    sum_j a_ij r_ij, of attention weights a; "place": r_ij itself joins the logits, of a table one channel wide.
+    `acts_on` "q": q_i · r_ij joins the logits, scaled as q · k is; "k": k_j · r_ij does; "v": the output of token i gains
+    sum_j a_ij r_ij, of attention weights a; "logits": r_ij itself joins the logits, of a table one channel wide.
     """
 
     table: Tensor
     index: Tensor
-    on: str
+    acts_on: ActsOn
 
 
 class Encoding(NamedTuple):
@@ -87,14 +88,14 @@ def rotates_only(encoding: Encoding) -> bool:
 
 def content_terms(encoding: Encoding) -> list[RelativeTerm]:
     """The terms, of all layers, for which the content of tokens counts."""
-    return [term for layer in encoding.terms or [] for term in layer if term.on != "place"]
+    return [term for layer in encoding.terms or [] for term in layer if term.acts_on != "logits"]
 
 
 def bias_at(encoding: Encoding, layer: int = 0) -> Tensor | None:
     """What place alone adds to the scaled logits (B, H, N, M) of a layer, if anything."""
     found = encoding.bias[layer % len(encoding.bias)] if encoding.bias else None
-    for table, index, on in encoding.terms[layer % len(encoding.terms)] if encoding.terms else []:
-        if on == "place":
+    for table, index, acts_on in encoding.terms[layer % len(encoding.terms)] if encoding.terms else []:
+        if acts_on == "logits":
             index = index if index.ndim == 3 else index[None]
             values = F.pad(table[..., 0], (0, 1)).index_select(-1, index.flatten())  # (H, B · N · M)
             values = values.unflatten(-1, index.shape).transpose(0, 1)

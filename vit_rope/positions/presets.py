@@ -49,8 +49,8 @@ PRESETS = {
     ),
     "qwen2_vl": Preset('axial(base=10000, pairs="half")', "transformers Qwen2-VL, timm qwen3_vit_*, deepseek_vit_*"),
     "gemma4": Preset('xy(axial(base=100, pairs="axis"))', "timm gemma4_vit_*"),
-    "genlip": Preset("dealt(base=10000, idle=1)", "timm rope_type='mrope'", note="the idle share is that of text"),
-    "pixtral": Preset("dealt(base=10000, blocks=True)", "transformers Pixtral; arXiv:2410.07073"),
+    "genlip": Preset("mrope(base=10000, idle=1)", "timm rope_type='mrope'", note="the idle share is that of text"),
+    "pixtral": Preset("mrope(base=10000, blocks=True)", "transformers Pixtral; arXiv:2410.07073"),
     "llama4": Preset("xy(axial(base=10000))", "transformers Llama 4", origin=-1.0, note="its class token comes last"),
     "vjepa2": Preset(
         "vjepa2(base=10000)", "transformers V-JEPA 2; arXiv:2506.09985", 3, note="no rotation, and not relative"
@@ -92,34 +92,34 @@ PRESETS = {
         note="the share is its `dim`, for each axis; the rest stays un-rotated",
     ),
     "rotary_embedding_torch_pixel": Preset(
-        f'span(ladder(axial(share=(16, 16)), first={PI}, last={5 * PI}, steps="difference"))',
+        f'normalize(spectrum(axial(share=(16, 16)), first={PI}, last={5 * PI}, spacing="linear"))',
         "rotary-embedding-torch freqs_for='pixel'", note="max_freq is 10: the last speed is half of it, times pi",
     ),
     "rvt": Preset(
-        f'span(ladder(axial, first={PI}, last={5 * PI}, steps="difference"))', "vit-pytorch rvt; arXiv:2105.07926"
+        f'normalize(spectrum(axial, first={PI}, last={5 * PI}, spacing="linear"))', "vit-pytorch rvt; arXiv:2105.07926"
     ),
     "vit_5": Preset(
         "axial(base=100000)", "vit-pytorch vit_5", note="its registers turn too, along a line of their own; ours do not"
     ),
     "golden_gate": Preset(
-        'ladder(goldengate(pairs="half", rounds=10), first=1, last=10000)', "vit-pytorch GoldenGateRoPENd",
+        'spectrum(goldengate(pairs="half", rounds=10), first=1, last=10000)', "vit-pytorch GoldenGateRoPENd",
         note="most of these frequencies alias on whole coordinates; for cells goldengate(base=100) is meant",
     ),
     "k_diffusion": Preset(
-        f"ladder(axial, first={PI}, last={5 * PI}, learned=True)", "k-diffusion axial_rope",
+        f"spectrum(axial, first={PI}, last={5 * PI}, learned=True)", "k-diffusion axial_rope",
         unit="centered_longer", origin="center", note="it stores the logarithms of the speeds",
     ),
     "hdit": Preset(
-        f'ladder(axial(share=(16, 16), pairs="half"), first={PI}, last={10 * PI}, heads=True)',
+        f'spectrum(axial(share=(16, 16), pairs="half"), first={PI}, last={10 * PI}, heads=True)',
         "k-diffusion image_transformer_v2; arXiv:2401.11605", unit="centered_longer", origin="center",
         note="the share is a quarter of the head for each axis",
     ),
     "liere": Preset(
-        "span(liere(block=8), first=0, grows=True)", "StanfordMIMI/LieRE; arXiv:2406.10322",
+        "normalize(liere(block=8), low=0, grows=True)", "StanfordMIMI/LieRE; arXiv:2406.10322",
         note="not relative; its entries have the other sign and begin in [0, 2 pi), where ours count cells",
     ),
     "liere_visionllama": Preset(
-        f"span(ladder(axial, first=1, last={math.exp(-4)}), first=0, grows=True)",
+        f"normalize(spectrum(axial, first=1, last={math.exp(-4)}), low=0, grows=True)",
         "StanfordMIMI/LieRE's baseline; arXiv:2406.10322", note="turns by a radian at most across the training image",
     ),
     "comrope_ap": Preset(

@@ -63,8 +63,27 @@ def build(spec: str, layout: Layout) -> Position:
         raise ValueError(f'cannot read position spec {spec!r}: expected e.g. "axial(base=100) + learned"') from error
     except (ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"cannot build position {spec!r}: {error or type(error).__name__}") from error
-    position.axes, position.made_for = layout.axes, layout
+    position.axes, position.made_for, position.spec = layout.axes, layout, spec.strip()
     return position
+
+
+def rebuild(position: Position, spec: str) -> Position:
+    """The scheme that another spec names, for the same layout, with the parameters that `position` has learned.
+
+    It is on the same device and in the same mode. Raises ValueError for a spec that does not fit or learns parameters
+    of other names or shapes.
+    """
+    scheme, learned = build(spec, cast(Layout, position.made_for)), position.state_dict()
+    wanted = {name: tuple(value.shape) for name, value in scheme.state_dict().items()}
+    if wanted != {name: tuple(value.shape) for name, value in learned.items()}:
+        raise ValueError(
+            f"{spec!r} learns {sorted(wanted) or 'nothing'}, but the model's positions learned "
+            f"{sorted(learned) or 'nothing'}; create a model with it instead"
+        )
+    for value in learned.values():
+        scheme.to(value.device)
+    scheme.load_state_dict(learned, assign=True)
+    return scheme.train(position.training)
 
 
 def _build(node: ast.expr, layout: Layout) -> Position:

@@ -2,13 +2,14 @@
 
 from .images import picture, to_bytes, write_gif, write_png
 from .io import DTYPES, describe, load, save
-from .sampler import Denoiser, check, denoise, sample, sample_batches, slerp, tile_size
+from .sampler import Denoiser, SampleConfig, check, denoise, sample, sample_batches, slerp, tile_size
 from .schedulers import SCHEDULERS, make_scheduler, predicted_x0
 
 __all__ = [
     "DTYPES",
     "SCHEDULERS",
     "Denoiser",
+    "SampleConfig",
     "check",
     "denoise",
     "describe",

@@ -12,6 +12,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +50,35 @@ class Denoiser(NamedTuple):
         return 2 ** sum(getattr(block, "downsamplers", None) is not None for block in blocks)
 
 
+@dataclass(frozen=True)
+class SampleConfig:
+    """What to sample.
+
+    Args:
+        n: number of images
+        steps: calls of the network for each image
+        scheduler: name of the sampler, a key of `SCHEDULERS`
+        size: height and width in pixels; those of training unless given
+        labels: classes, used in turn; without them a model with classes samples unconditionally
+        guidance: classifier-free guidance scale (arXiv:2207.12598); 1 is none
+        seed: seed of the first image; each next image adds 1
+        batch: images that are yielded at once, which bounds the memory they take
+        end_seed: interpolate from the noise of `seed` to that of this seed, both included
+    """
+
+    n: int = 1
+    steps: int = 50
+    scheduler: str = "ddim"
+    size: tuple[int, int] | None = None
+    labels: Sequence[int] | None = None
+    guidance: float = 1.0
+    seed: int = 0
+    batch: int = 64
+    end_seed: int | None = None
+
+
 def sample(
-    trained: Denoiser,
+    denoiser: Denoiser,
     n: int = 1,
     steps: int = 50,
     scheduler: str = "ddim",
@@ -61,39 +89,25 @@ def sample(
     callback: Callback | None = None,
     end_seed: int | None = None,
 ) -> Tensor:
-    """Images (n, C, H, W) in [-1, 1], float32 on the CPU, of which image i depends on `seed + i` and not on `n`.
+    """Images (n, C, H, W) in [-1, 1], float32 on the CPU; image i depends on `seed + i` and not on `n`.
 
-    `size` (height, width) is that of training unless given. `labels` are used in turn; left out, a model with classes
-    draws of any. `guidance` above 1 exaggerates what a label changes (classifier-free guidance, arXiv:2207.12598).
-    `callback` is called before the first and after every step with the share that is done and the images at hand.
-    With `end_seed`, another seed, the images lie on the way from the noise of `seed` to that of `end_seed`, the first and the
-    last one included. Raises ValueError, before any work, for what the model cannot do.
+    Options are those of `SampleConfig`. `callback` is called before the first step and after every step with the
+    fraction that is done and the current images. Raises ValueError, before any work, for what the model cannot do.
     """
-    return torch.cat(
-        list(sample_batches(trained, n, steps, scheduler, size, labels, guidance, seed, n, callback, end_seed))
-    )
+    height_width = None if size is None else (size[0], size[1])
+    config = SampleConfig(n, steps, scheduler, height_width, labels, guidance, seed, n, end_seed)
+    return torch.cat(list(sample_batches(denoiser, config, callback)))
 
 
-def sample_batches(
-    trained: Denoiser,
-    n: int = 1,
-    steps: int = 50,
-    scheduler: str = "ddim",
-    size: Sequence[int] | None = None,
-    labels: Sequence[int] | None = None,
-    guidance: float = 1.0,
-    seed: int = 0,
-    batch: int = 64,
-    callback: Callback | None = None,
-    end_seed: int | None = None,
-) -> Iterator[Tensor]:
-    """The images of `sample`, `batch` at a time, so that any number needs little memory."""
-    if min(n, batch) < 1:
-        raise ValueError(f"sampling wants at least one image and batches of at least one, got {n} and {batch}")
-    size = trained.size if size is None else (size[0], size[1])
-    check(trained, scheduler, steps, size, labels, guidance)
-    device = next(trained.unet.parameters()).device
-    count, shape = tile_size(size, device), (trained.unet.config.in_channels, *size)
+def sample_batches(denoiser: Denoiser, config: SampleConfig, callback: Callback | None = None) -> Iterator[Tensor]:
+    """The images of `sample`, `config.batch` at a time, so that any number needs little memory."""
+    n, seed, end_seed = config.n, config.seed, config.end_seed
+    if min(n, config.batch) < 1:
+        raise ValueError(f"n and batch must be at least 1, got {n} and {config.batch}")
+    size = denoiser.size if config.size is None else config.size
+    check(denoiser, config.scheduler, config.steps, size, config.labels, config.guidance)
+    device = next(denoiser.unet.parameters()).device
+    count, shape = tile_size(size, device), (denoiser.unet.config.in_channels, *size)
     tiles = math.ceil(n / count)
 
     def images() -> Iterator[Tensor]:
@@ -110,18 +124,18 @@ def sample_batches(
                 end = torch.randn(shape, generator=_generator(end_seed))
                 noise = torch.stack([slerp(x, end, i / max(n - 1, 1)) for i, x in zip(numbers, noise, strict=True)])
             yield from denoise(
-                trained,
-                make_scheduler(scheduler, trained.noise, steps, device),
+                denoiser,
+                make_scheduler(config.scheduler, denoiser.noise, config.steps, device),
                 noise,
                 generators,
-                _labels(trained, labels, numbers, device),
-                guidance,
+                _labels(denoiser, config.labels, numbers, device),
+                config.guidance,
                 seen,
             )
 
     def batches() -> Iterator[Tensor]:
         drawn = itertools.islice(images(), n)
-        while some := list(itertools.islice(drawn, batch)):
+        while some := list(itertools.islice(drawn, config.batch)):
             yield torch.stack(some)
 
     return batches()
@@ -129,7 +143,7 @@ def sample_batches(
 
 @torch.no_grad()
 def denoise(
-    trained: Denoiser,
+    denoiser: Denoiser,
     scheduler: Any,
     x: Tensor,
     generators: list[torch.Generator],
@@ -141,7 +155,7 @@ def denoise(
 
     A scheduler that adds noise on the way takes that of image i from generator i.
     """
-    unet, config = trained.unet, trained.noise.config
+    unet, config = denoiser.unet, denoiser.noise.config
     parameter = next(unet.parameters())
     limit = config.clip_sample_range if config.get("clip_sample") else math.inf
     draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -150,7 +164,7 @@ def denoise(
     x = x.to(parameter.device) * float(scheduler.init_noise_sigma)
     guided = guidance != 1.0 and labels is not None
     if labels is not None and guided:
-        labels = torch.cat((labels, torch.full_like(labels, _null(trained))))
+        labels = torch.cat((labels, torch.full_like(labels, _null(denoiser))))
     for i, time in enumerate(scheduler.timesteps):
         noisy = scheduler.scale_model_input(x, time)
         signal, noise = alpha_sigma(scheduler, time)
@@ -185,7 +199,7 @@ def tile_size(size: tuple[int, int], device: torch.device) -> int:
 
 
 def check(
-    trained: Denoiser,
+    denoiser: Denoiser,
     scheduler: str,
     steps: int,
     size: tuple[int, int],
@@ -194,40 +208,40 @@ def check(
 ) -> None:
     """Raise a ValueError, of one line, for what `sample` cannot do with this model."""
     check_scheduler(scheduler)
-    longest, factor = len(trained.noise.betas), trained.multiple
+    longest, factor = len(denoiser.noise.betas), denoiser.multiple
     if not 1 <= steps <= longest:
         raise ValueError(f"the model was trained with {longest} noise levels, so steps are 1 to {longest}, not {steps}")
     if any(side < 1 or side % factor for side in size):
         near = [max(1, round(side / factor)) * factor for side in size]
         raise ValueError(
             f"images of {size[0]} x {size[1]} do not divide by {factor}, which is how much this "
-            f"{type(trained.unet).__name__} downsamples; take {near[0]} x {near[1]}"
+            f"{type(denoiser.unet).__name__} downsamples; take {near[0]} x {near[1]}"
         )
-    channels = (trained.unet.config.in_channels, trained.unet.config.out_channels or trained.unet.config.in_channels)
+    channels = (denoiser.unet.config.in_channels, denoiser.unet.config.out_channels or denoiser.unet.config.in_channels)
     if channels[0] != channels[1]:
         raise ValueError(f"the model makes {channels[1]} channels of {channels[0]}; sample wants as many as it sees")
-    if scheduler == "dpm++1s" and not trained.noise.alphas_cumprod[-1]:
+    if scheduler == "dpm++1s" and not denoiser.noise.alphas_cumprod[-1]:
         raise ValueError("dpm++1s divides by what the last noise level leaves of an image, nothing here; take dpm++")
     if not math.isfinite(guidance):
         raise ValueError(f"guidance is a finite number, got {guidance}")
-    if labels and not trained.classes:
+    if labels and not denoiser.classes:
         raise ValueError(f"the model was trained without labels, so it cannot draw label {labels[0]}; leave it out")
     for label in labels or ():
-        if not 0 <= label < trained.classes:
-            raise ValueError(f"the model knows the labels 0 to {trained.classes - 1}, not {label}")
-    if not labels and trained.classes and trained.null_label is None:
+        if not 0 <= label < denoiser.classes:
+            raise ValueError(f"the model knows the labels 0 to {denoiser.classes - 1}, not {label}")
+    if not labels and denoiser.classes and denoiser.null_label is None:
         raise ValueError("the model was never trained without a label; give one")
-    if guidance != 1.0 and (not labels or trained.null_label is None):
+    if guidance != 1.0 and (not labels or denoiser.null_label is None):
         missing = "was never trained without a label" if labels else "needs a label to be guided towards"
         raise ValueError(f"guidance {guidance:g} is of no use: the model {missing}")
 
 
-def _labels(trained: Denoiser, labels: Sequence[int] | None, numbers: range, device: torch.device) -> Tensor | None:
-    if not trained.classes:
+def _labels(denoiser: Denoiser, labels: Sequence[int] | None, numbers: range, device: torch.device) -> Tensor | None:
+    if not denoiser.classes:
         return None
-    given = labels or [_null(trained)]
+    given = labels or [_null(denoiser)]
     return torch.tensor([given[i % len(given)] for i in numbers], device=device)
 
 
-def _null(trained: Denoiser) -> int:
-    return -1 if trained.null_label is None else trained.null_label
+def _null(denoiser: Denoiser) -> int:
+    return -1 if denoiser.null_label is None else denoiser.null_label

@@ -200,8 +200,8 @@ class Diffusion(Learner):
         trainer: Any = self.trainer
         epoch, folder = self.current_epoch + 1, getattr(trainer.checkpoint_callback, "dirpath", None)
         due = self.sample_every and (epoch % self.sample_every == 0 or epoch == trainer.max_epochs)
-        specs_for = trainer.state.fn == "fit" and not trainer.fast_dev_run
-        if due and specs_for and folder:  # the run's folder is the one with its checkpoints
+        fitting = trainer.state.fn == "fit" and not trainer.fast_dev_run
+        if due and fitting and folder:  # the run's folder is the one with its checkpoints
             path = Path(folder).parent / "samples" / f"epoch_{epoch:04}.png"
             chosen = (self.sample_count, self.sample_steps, self.sample_scheduler, None, self._sample_labels())
             images = sampling.sample(self.trained, *chosen)  # by every process: sharded weights are gathered by all

@@ -165,7 +165,7 @@ def test_sums_keep_their_other_parts():
 
 
 @pytest.mark.parametrize("name", ["interpolate", "ntk", "yarn"])
-@pytest.mark.parametrize("scheme", ["reference({}, grid=(7, 5))", "xy({})", "alternate({})", "span({}, last=9)"])
+@pytest.mark.parametrize("scheme", ["reference({}, grid=(7, 5))", "xy({})", "alternate({})", "normalize({}, high=9)"])
 def test_modifiers_reach_what_other_modifiers_hold(name, scheme):
     """Outside is inside, but for the turns of yarn, which are those over what the scheme sees: here half the grid."""
     inner = "axial(base=10000)"
@@ -175,7 +175,7 @@ def test_modifiers_reach_what_other_modifiers_hold(name, scheme):
     got, want = (getattr(p, "scheme", p).frequencies(coords) for p in (outside, inside))
     if name == "yarn" and hasattr(outside, "scheme"):
         half = Layout(width=128, heads=2, grid=(7, 5))
-        reach = [14 * 10 / 13, 10 * 10 / 9] if "span" in scheme else half.grid
+        reach = [14 * 10 / 13, 10 * 10 / 9] if "normalize" in scheme else half.grid
         assert outside.scheme.reach == pytest.approx(reach)
         if "reference" in scheme:
             want = build(f"yarn({inner}, factor=3)", half).frequencies(coords)

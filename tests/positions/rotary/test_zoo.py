@@ -21,7 +21,7 @@ from vit_rope.positions import Layout, build
 from vit_rope.positions.coords import grid
 from vit_rope.positions.encoding import Transform
 from vit_rope.positions.rotary.directions import regular_simplex
-from vit_rope.positions.rotary.generators import block_diagonal, cayley, exponential, simplest, skew, spectrum
+from vit_rope.positions.rotary.generators import block_diagonal, cayley, diagonalize, exponential, simplest, skew
 from vit_rope.unet.maps import map_layout
 
 SHAPES = [(5,), (3, 4), (2, 3, 2)]
@@ -190,7 +190,7 @@ def test_four_by_four_needs_two_relations_and_has_planes():
         [d, e, sympy.Symbol("h"), sympy.Symbol("i")],
     )
     assert all(value == 0 for value in forced.values())  # what commutes with two planes turns those planes
-    freqs = spectrum(simplest(4))[0]
+    freqs = diagonalize(simplest(4))[0]
     assert sorted(freqs.abs().flatten().tolist()) == [0, 0, 1, 1]
     assert torch.linalg.matrix_rank(freqs) == 2
 
@@ -377,7 +377,7 @@ def test_liere_is_the_exponential_and_not_relative():
         torch.testing.assert_close(along[0].T @ along[1], along[2])  # on a line through the origin it is relative
     assert build("liere(block=2)", layout_of(shape)).relative
     with pytest.raises(ValueError, match="generators do not commute: entries of B_a B_b - B_b B_a reach"):
-        spectrum(torch.stack(generators))
+        diagonalize(torch.stack(generators))
 
 
 def test_skew_and_cayley():
@@ -387,7 +387,7 @@ def test_skew_and_cayley():
     torch.testing.assert_close(matrix.T, -matrix)
     torch.testing.assert_close(cayley(matrix) @ cayley(matrix).T, torch.eye(4, dtype=torch.float64))
     with pytest.raises(ValueError, match="generators must be skew-symmetric matrices of even size"):
-        spectrum(torch.eye(4)[None])
+        diagonalize(torch.eye(4)[None])
 
 
 # ---- controls -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class Convolution(Position):
     """x + a depthwise convolution of x, over the map of all tokens. `peg` says when, and what the options are."""
 
-    extrapolates = False  # cells beyond the border count as those at it, and those far from any border look the same
+    unbounded = False  # cells beyond the border count as those at it, and those far from any border look the same
 
     def __init__(self, layout: Layout, kernel: int, padding: Literal["zeros", "circular"]) -> None:
         super().__init__()

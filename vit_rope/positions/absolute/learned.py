@@ -24,7 +24,7 @@ class Learned(Absolute):
     border. A checkpoint of another grid is resampled when it is loaded.
     """
 
-    extrapolates = False
+    unbounded = False
 
     def __init__(self, layout: Layout, std: float = 0.02) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Hierarchical(Absolute):
     Raises ValueError for an alpha outside (0, 1), or one with which two places look the same.
     """
 
-    extrapolates = False  # but to n² cells
+    unbounded = False  # but to n² cells
 
     def __init__(
         self, layout: Layout, alpha: float = 0.4, tables: Literal["shared", "axes"] = "shared", std: float = 0.02
@@ -129,7 +129,7 @@ class Concat(Position):
     for fewer than 1 channel.
     """
 
-    relative, reversible, extrapolates = False, True, False
+    relative, reversible, unbounded = False, True, False
 
     def __init__(self, layout: Layout, channels: int = 64) -> None:
         super().__init__()

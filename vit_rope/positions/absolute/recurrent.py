@@ -25,7 +25,7 @@ class Recurrent(Absolute):
     Raises ValueError for a reach below 1.
     """
 
-    extrapolates = False
+    unbounded = False
 
     def __init__(self, layout: Layout, reach: float = 2.0) -> None:
         super().__init__()

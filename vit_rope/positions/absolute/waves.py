@@ -69,7 +69,7 @@ class Fourier(Absolute):
         hidden = layout.width if hidden is None else hidden
         if count < 1 or hidden < 1:
             raise ValueError(f"fourier needs a count and a hidden width of at least 1, got {count} and {hidden}")
-        self.layout, self.count, self.extrapolates = layout, count, not octaves
+        self.layout, self.count, self.unbounded = layout, count, not octaves
         waves = count * layout.axes if octaves else count
         self.freqs = None if octaves else nn.Parameter(torch.empty(layout.axes, count))
         self.inner = nn.Parameter(torch.empty(hidden, 2 * waves))

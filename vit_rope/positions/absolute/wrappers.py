@@ -21,7 +21,7 @@ class Gate(Position):
     def __init__(self, layout: Layout, scheme: Position, start: float = 1.0) -> None:
         super().__init__()
         self.scheme, self.start = scheme, start
-        for claim in ("relative", "reversible", "keeps_flash", "extrapolates", "each_layer"):
+        for claim in ("relative", "reversible", "keeps_flash", "unbounded", "each_layer"):
             setattr(self, claim, getattr(scheme, claim))
         self.gate = nn.Parameter(torch.empty(()))
         self.reset_parameters()
@@ -58,7 +58,7 @@ class Inject(Position):
                 "inject needs one scheme that acts on tokens; others join outside, inject(learned) + axial"
             )
         self.scheme, self.layers = scheme, sorted({layer % layout.depth for layer in layers})
-        for claim in ("relative", "reversible", "keeps_flash", "extrapolates"):
+        for claim in ("relative", "reversible", "keeps_flash", "unbounded"):
             setattr(self, claim, getattr(scheme, claim))
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ class Bias(Position):
 
     reversible = True
     keeps_flash = False
-    extrapolates = False
+    unbounded = False
     costly = False  # whether a network of this size must not run on pairs: dropped tokens then look up their grid's
 
     def __init__(self, layout: Layout) -> None:
@@ -42,7 +42,7 @@ class Bias(Position):
             delta, index = displacements.across_axes(*displacements.along_axes(self.layout, coords, key_coords, grid))
             values = logits(delta)  # (L, H, T)
             if len(values) > 1:
-                return Encoding(terms=[[RelativeTerm(table[..., None], index, "place")] for table in values])
+                return Encoding(terms=[[RelativeTerm(table[..., None], index, "logits")] for table in values])
             values = displacements.look_up(values, index)
         else:
             values = logits(displacements.of_pairs(self.layout, coords, key_coords))

@@ -42,7 +42,7 @@ class ALiBi(Bias):
     off by up to 0.4 % of 2 m_h ‖p‖ ‖p'‖, p from the middle.
     """
 
-    extrapolates = True
+    unbounded = True
 
     def __init__(self, layout: Layout, distance: Literal["euclidean", "manhattan", "quadratic"] = "euclidean") -> None:
         super().__init__(layout)
@@ -82,7 +82,7 @@ class LookHere(Bias):
     in turn for heads that see all around. A token always sees itself. Raises ValueError for 45 degrees on one axis.
     """
 
-    extrapolates = True
+    unbounded = True
 
     def __init__(
         self,

@@ -96,7 +96,7 @@ class Kerple(Bias):
     softplus, and an exponent before a sigmoid.
     """
 
-    extrapolates = True
+    unbounded = True
 
     def __init__(
         self,

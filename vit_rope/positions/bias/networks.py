@@ -44,7 +44,7 @@ class LogCPB(Bias):
     `width` hidden channels. Swin v2 and timm's `RelPosMlp` count Δ = query - key: negate the first layer's weights.
     """
 
-    extrapolates = True
+    unbounded = True
     costly = True
 
     def __init__(self, layout: Layout, width: int = 512) -> None:
@@ -67,7 +67,7 @@ class FIRE(Bias):
     squeezed into the distances that training has seen.
     """
 
-    extrapolates = True
+    unbounded = True
     costly = True
 
     def __init__(

@@ -29,7 +29,7 @@ class Sandwich(Bias):
     hundred cells. Raises ValueError where the channels are no pair for each axis.
     """
 
-    extrapolates = True
+    unbounded = True
 
     def __init__(self, layout: Layout, channels: int = 128, base: float = 10000.0, flash: bool = True) -> None:
         super().__init__(layout)
@@ -69,7 +69,7 @@ class UntiedPositions(Position):
 
     reversible = True
     relative = False
-    extrapolates = False
+    unbounded = False
 
     def __init__(self, layout: Layout, layers: int, content: float, place: float) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import displacements
 from ..base import Layout, Position
-from ..encoding import Encoding, RelativeTerm
+from ..encoding import ActsOn, Encoding, RelativeTerm
 
 
 class RelativeTerms(Position):
@@ -15,13 +15,13 @@ class RelativeTerms(Position):
 
     reversible = True
     keeps_flash = False
-    extrapolates = False
+    unbounded = False
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
 
-    def rows(self, axis: int, line: Tensor) -> list[tuple[str, Tensor]]:
+    def rows(self, axis: int, line: Tensor) -> list[tuple[ActsOn, Tensor]]:
         """What tables (L, H, T, D) of displacements `line` (T,) along an axis act on: "q", "k" or "v"."""
         raise NotImplementedError(f"{type(self).__name__} needs rows()")
 

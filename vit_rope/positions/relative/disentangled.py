@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import displacements
 from ..base import Layout, check_pairs
-from ..encoding import Encoding, RelativeTerm
+from ..encoding import ActsOn, Encoding, RelativeTerm
 from ..specs import register
 from .base import RelativeTerms, by_layer, clipped, sinusoids
 
@@ -51,10 +51,10 @@ class TransformerXL(RelativeTerms):
             tables = self.rows(axis, line)[0][1]
             terms.append([RelativeTerm(table, at, "q") for table in tables])
             place_alone = (self.v.to(line.dtype)[:, :, None] * tables).sum(dim=-1, keepdim=True)  # (L, H, T, 1)
-            terms.append([RelativeTerm(row * self.layout.head_dim**-0.5, at, "place") for row in place_alone])
+            terms.append([RelativeTerm(row * self.layout.head_dim**-0.5, at, "logits") for row in place_alone])
         return Encoding(terms=by_layer(terms))
 
-    def rows(self, axis: int, line: Tensor) -> list[tuple[str, Tensor]]:
+    def rows(self, axis: int, line: Tensor) -> list[tuple[ActsOn, Tensor]]:
         found = sinusoids(line, self.pairs, self.base) @ self.weight[:, axis].to(line.dtype)  # (L, T, H · D)
         return [("q", found.unflatten(-1, (self.layout.heads, -1)).transpose(1, 2))]
 
@@ -84,7 +84,7 @@ class DeBERTa(RelativeTerms):
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         return super().encode(coords, key_coords, grid)._replace(scale=(1 + 2 * self.layout.axes) ** -0.5)
 
-    def rows(self, axis: int, line: Tensor) -> list[tuple[str, Tensor]]:
+    def rows(self, axis: int, line: Tensor) -> list[tuple[ActsOn, Tensor]]:
         reach, start = self.reach[axis], sum(2 * n + 1 for n in self.reach[:axis])
         there, back = (self.vectors[clipped(delta, reach) + start] for delta in (line, -line))
         tables = (vectors @ weight for vectors, weight in zip((there, back), self.projections, strict=True))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import displacements
 from ..base import Layout, check_pairs
-from ..encoding import Encoding, RelativeTerm
+from ..encoding import ActsOn, Encoding, RelativeTerm
 from ..grids import read
 from ..specs import register
 from .base import RelativeTerms, by_layer, clipped, sinusoids
@@ -48,11 +48,11 @@ class Shaw(RelativeTerms):
         for parameter in self.parameters():
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def rows(self, axis: int, line: Tensor) -> list[tuple[str, Tensor]]:
+    def rows(self, axis: int, line: Tensor) -> list[tuple[ActsOn, Tensor]]:
         start = sum(2 * n + 1 for n in self.reach[:axis])
         at = clipped(line, self.reach[axis]) + start
-        found = [("q", self.keys[:, :, at])]
-        return found if self.values is None else [*found, ("v", self.values[:, :, at])]
+        rows: list[tuple[ActsOn, Tensor]] = [("q", self.keys[:, :, at])]
+        return rows if self.values is None else [*rows, ("v", self.values[:, :, at])]
 
 
 @register
@@ -69,7 +69,7 @@ class Nezha(RelativeTerms):
             raise ValueError(f"nezha needs a positive base, got {base}")
         self.base, self.pairs = base, check_pairs("nezha", layout.head_dim, layout.axes)
 
-    def rows(self, axis: int, line: Tensor) -> list[tuple[str, Tensor]]:
+    def rows(self, axis: int, line: Tensor) -> list[tuple[ActsOn, Tensor]]:
         waves, before = sinusoids(line, self.pairs, self.base), 2 * self.pairs * axis
         table = nn.functional.pad(waves, (before, self.layout.head_dim - before - waves.shape[-1]))[None, None]
         return [("q", table), ("v", table)]
@@ -91,7 +91,7 @@ class Decomposed(RelativeTerms):
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def rows(self, axis: int, line: Tensor) -> list[tuple[str, Tensor]]:
+    def rows(self, axis: int, line: Tensor) -> list[tuple[ActsOn, Tensor]]:
         sizes = [2 * n - 1 for n in self.layout.grid]
         table = self.table.split(sizes, dim=1)[axis].transpose(0, 1)  # (2s - 1, L, D)
         found = read(table.flatten(1).to(line.dtype), line[:, None] + (self.layout.grid[axis] - 1))
@@ -121,7 +121,8 @@ class IRPE(RelativeTerms):
         if ratio < 1:
             raise ValueError(f"irpe needs a ratio of at least 1, got {ratio}")
         self.method, self.ratio = method, ratio
-        self.sides = {"k": "q", "qk": "qk", "qkv": "qkv"}[on]
+        sides: dict[str, tuple[ActsOn, ...]] = {"k": ("q",), "qk": ("q", "k"), "qkv": ("q", "k", "v")}
+        self.sides = sides[on]
         self.most = int(2 * ratio)
         side = 2 * self.most + 1
         rows = {"product": side**layout.axes, "cross": side * layout.axes}.get(method, self.most + 1)

@@ -54,12 +54,12 @@ def alternate(layout: Layout, scheme: Position) -> Rotary:
 
 
 @register
-def ladder(
+def spectrum(
     layout: Layout,
     scheme: Position,
     first: float = 1.0,
     last: float = 100.0,
-    steps: Literal["ratio", "difference"] = "ratio",
+    spacing: Literal["log", "linear"] = "log",
     heads: bool = False,
     learned: bool = False,
 ) -> Rotary:
@@ -71,10 +71,10 @@ def ladder(
     has no frequencies for each axis.
     """
     if min(first, last) <= 0:
-        raise ValueError(f"ladder needs a positive first and last speed, got {first} and {last}")
+        raise ValueError(f"spectrum needs a positive first and last speed, got {first} and {last}")
     if isinstance(scheme, Exact):
         raise ValueError(
-            f"ladder modifies axial and its kin, not {type(scheme).__name__}, which computes its own speeds"
+            f"spectrum modifies axial and its kin, not {type(scheme).__name__}, which computes its own speeds"
         )
 
     def change(freqs: Tensor) -> Tensor:
@@ -84,22 +84,22 @@ def ladder(
             share = (number * layout.heads + head) / (count * layout.heads).double()
         else:
             share = number / (count - 1).clamp(min=1).double()
-        speeds = first * (last / first) ** share if steps == "ratio" else first + (last - first) * share
+        speeds = first * (last / first) ** share if spacing == "log" else first + (last - first) * share
         return (F.normalize(freqs.double(), dim=-2) * speeds).float()
 
-    scheme = _columns("ladder", layout, scheme, change)
+    scheme = _columns("spectrum", layout, scheme, change)
     if not learned:
         return scheme
     if scheme.initial.shape[:2] != (1, 1):
         raise ValueError(
-            "a ladder learns the speeds of a scheme whose layers and heads turn alike, such as ladder(axial)"
+            "spectrum learns the speeds of a scheme whose layers and heads turn alike, such as spectrum(axial)"
         )
     directions, speeds = F.normalize(scheme.initial[0, 0], dim=-2), scheme.initial.norm(dim=-2)
     return LearnedSpeeds(directions, speeds.expand(layout.depth, layout.heads, -1), scheme.pairs)
 
 
 @register
-def dealt(layout: Layout, base: float = 10000.0, blocks: bool = False, idle: int = 0, pairs: Pairs = "half") -> Rotary:
+def mrope(layout: Layout, base: float = 10000.0, blocks: bool = False, idle: int = 0, pairs: Pairs = "half") -> Rotary:
     """One series of frequencies base^(-j/R) over all R pairs of a head, dealt out to the axes in turn.
 
     Each round of the deal begins with `idle` pairs that stay un-rotated (of axes that images do not have). With
@@ -107,7 +107,7 @@ def dealt(layout: Layout, base: float = 10000.0, blocks: bool = False, idle: int
     multimodal RoPE of Qwen2-VL's kin (arXiv:2409.12191).
     """
     if idle < 0 or base <= 0 or layout.head_dim % 2:
-        raise ValueError(f"dealt needs idle >= 0, base > 0 and an even head_dim, got {idle}, {base}, {layout.head_dim}")
+        raise ValueError(f"mrope needs idle >= 0, base > 0 and an even head_dim, got {idle}, {base}, {layout.head_dim}")
     series = geometric(layout.head_dim // 2, base)
     axis = torch.arange(len(series), device="cpu") % (idle + layout.axes) - idle
     freqs = torch.stack([torch.where(axis == a, series, 0.0) for a in range(layout.axes)])

@@ -27,7 +27,7 @@ class Measured(Position):
         if any(getattr(part, "dynamic", False) for part in scheme.modules()):
             raise ValueError(f"dynamic goes by how far a grid reaches, but {type(self).__name__.lower()} {ALIKE}")
         self.scheme, self.layout = scheme, layout
-        for claim in ("relative", "reversible", "keeps_flash", "extrapolates", "each_layer"):
+        for claim in ("relative", "reversible", "keeps_flash", "unbounded", "each_layer"):
             setattr(self, claim, getattr(scheme, claim))
 
     def axis(self, cells: Tensor, a: int, n: Any) -> Tensor:
@@ -70,25 +70,25 @@ class Reference(Measured):
 
 
 @register
-class Span(Measured):
-    """A scheme that sees the cells of every axis evenly from `first` to `last`, at which the outermost cells are.
+class Normalize(Measured):
+    """A scheme that sees the cells of every axis evenly from `low` to `high`, at which the outermost cells are.
 
-    With `grows`, `last` is that of the training grid of N cells, and n cells end at last * n / N, as LieRE's do
+    With `grows`, `high` is that of the training grid of N cells, and n cells end at high * n / N, as LieRE's do
     (arXiv:2406.10322). The caller's own coordinates are taken as places on the training grid. Raises ValueError where
-    `first` is `last`.
+    `low` is `high`.
     """
 
     def __init__(
-        self, layout: Layout, scheme: Position, first: float = -1.0, last: float = 1.0, grows: bool = False
+        self, layout: Layout, scheme: Position, low: float = -1.0, high: float = 1.0, grows: bool = False
     ) -> None:
         super().__init__(layout, scheme)
-        if first == last:
-            raise ValueError(f"span needs a first and another last coordinate, got {first} for both")
-        self.first, self.last, self.grows, self.own = first, last, grows, layout.grid
+        if low == high:
+            raise ValueError(f"normalize needs low and high to differ, got {low} for both")
+        self.low, self.high, self.grows, self.own = low, high, grows, layout.grid
 
     def measure(self, coords: Tensor, grid: Sequence[int]) -> Tensor:
         return super().measure(self.layout.cell(coords, grid), grid)
 
     def axis(self, cells: Tensor, a: int, n: Any) -> Tensor:
-        last = self.last * n / self.layout.grid[a] if self.grows else self.last
-        return self.first + cells * (last - self.first) / torch.sym_max(n - 1, 1)
+        high = self.high * n / self.layout.grid[a] if self.grows else self.high
+        return self.low + cells * (high - self.low) / torch.sym_max(n - 1, 1)

@@ -9,7 +9,7 @@ exponentials of skew-symmetric B, and the first demand holds if and only if the 
 
 In D channels at most D // 2 independent matrices commute, so A axes need D >= 2 A. Commuting ones share an orthogonal
 basis of planes, in which each is a list of D / 2 frequencies; what multiplies both queries and keys can be part of
-their projections, so every solution is a `Rotary` behind other weights: `spectrum` finds it, `string` learns the basis.
+their projections, so every solution is a `Rotary` behind other weights: `diagonalize` finds it, `string` learns the basis.
 
 Shapes   L layers and H heads, A axes, S blocks of b channels each on the diagonal, S · b = D
 """
@@ -56,7 +56,7 @@ def cayley(generator: Tensor) -> Tensor:
     return torch.linalg.solve_ex(one + generator, one - generator).result  # the two commute; I + S has an inverse
 
 
-def spectrum(generators: Tensor) -> tuple[Tensor, Tensor]:
+def diagonalize(generators: Tensor) -> tuple[Tensor, Tensor]:
     """Frequencies (A, D / 2) and an orthogonal basis (D, D) in which commuting generators (A, D, D) are just these.
 
     exp(sum_a p_a B_a) = U R U^T, where R turns channels 2j and 2j + 1 by sum_a p_a freqs[a, j]. Raises ValueError
@@ -170,7 +170,7 @@ class Commuting(Exponential):
     def folded(self) -> tuple[Tensor, Rotary]:
         """The basis (L, H, D, D) of the generators' planes, and the same positions in it: a `mixed` scheme."""
         generators = block_diagonal(self.generators(torch.zeros(1, dtype=torch.float64)).detach().double())
-        found = [[spectrum(head) for head in layer] for layer in generators]
+        found = [[diagonalize(head) for head in layer] for layer in generators]
         freqs, basis = (torch.stack([torch.stack([head[i] for head in layer]) for layer in found]) for i in (0, 1))
         return basis, Rotary(freqs, learned=True)
 
