@@ -97,7 +97,7 @@ def looks(position: Position, layout: Layout, queries, keys) -> float:
     clean = Encoding()
     encoding = encoding._replace(v=clean.v, out=clean.out)
     if encoding.terms:
-        encoding = encoding._replace(terms=[[t for t in layer if t.on != "v"] for layer in encoding.terms])
+        encoding = encoding._replace(terms=[[t for t in layer if t.acts_on != "v"] for layer in encoding.terms])
     found = [attend(q, k, values, encoding, layer) for layer in range(layout.depth)]
     return max((w[..., 0] - w[..., 1]).abs().max().item() for w in found)
 
