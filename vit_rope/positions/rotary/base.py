@@ -98,7 +98,13 @@ class Rotary(Position):
 
     def frequencies(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         """Frequencies (L, H, A, R) for coordinates on a `grid`, with all changes."""
-        freqs = self.base_frequencies(coords)
+        return self._with_changes(self.base_frequencies(coords), grid)
+
+    def initial_frequencies(self) -> Tensor:
+        """Frequencies (L, H, A, R) before training, with all changes, on the CPU."""
+        return self._with_changes(self.initial, None)
+
+    def _with_changes(self, freqs: Tensor, grid: Sequence[int] | None) -> Tensor:
         for change in self.changes:
             freqs = change(freqs, grid)
         return freqs
@@ -123,8 +129,7 @@ class Rotary(Position):
         return scale
 
     def extra_repr(self) -> str:
-        meta = any(parameter.is_meta for parameter in self.parameters())
-        freqs = self.initial if meta else self.frequencies(self.initial).detach()
+        freqs = self.initial_frequencies()
         layers, heads, axes, pairs = freqs.shape
         speeds = freqs.norm(dim=2)
         rotating = speeds[speeds > 0]

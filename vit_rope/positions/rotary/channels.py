@@ -90,7 +90,7 @@ def alternate(layout: Layout, scheme: Position) -> Position:
     """
 
     def make(part: Rotary, extent: list[float]) -> Position:
-        freqs = part.frequencies(torch.zeros(1, layout.axes)).detach()
+        freqs = part.initial_frequencies()
         if freqs.shape[-1] % layout.axes == 0:
             blocks = freqs.unflatten(-1, (layout.axes, -1))  # (L, H, A, A, R / A)
             same_axis = torch.eye(layout.axes, dtype=torch.bool, device=freqs.device)[..., None]
@@ -128,7 +128,7 @@ def spectrum(
         part = part.changed(Spectrum(first, last, spacing, layout.heads if heads else None))
         if not learned:
             return part
-        freqs = part.frequencies(torch.zeros(1, layout.axes)).detach()
+        freqs = part.initial_frequencies()
         if freqs.shape[:2] != (1, 1):
             raise ValueError(
                 "spectrum(learned=True) needs a scheme whose layers and heads rotate alike, such as spectrum(axial)"
