@@ -5,13 +5,16 @@ line, what is wrong and what to do.
 """
 
 import ast
+import importlib.util
 import pydoc
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 FILE_LINES, FUNCTION_LINES, READING_LINES = 320, 60, 700
@@ -281,7 +284,7 @@ def private_names_stay_private(sources: list[Source]) -> list[str]:
     return found
 
 
-def tests_import_shared_code_only(sources: list[Source]) -> list[str]:
+def no_test_is_imported(sources: list[Source]) -> list[str]:
     found = []
     for source in sources:
         for node in ast.walk(source.tree):
@@ -323,7 +326,7 @@ def test_the_library_keeps_the_rule(rule):
 
 
 def test_tests_import_shared_code_only():
-    found = tests_import_shared_code_only(TESTS)
+    found = no_test_is_imported(TESTS)
     assert not found, "\n" + "\n".join(found)
 
 
@@ -421,11 +424,110 @@ def test_names_of_one_folder_are_compared():
 )
 def test_imports_between_tests_are_found(line):
     source = Source.of("tests/test_a.py", f"{line}\n")
-    assert tests_import_shared_code_only([source])[0].startswith("tests/test_a.py:1: imports ")
+    assert no_test_is_imported([source])[0].startswith("tests/test_a.py:1: imports ")
 
 
 @pytest.mark.parametrize(
     "line", ["from tests.helpers import x", "from .helpers import x", "from tests import oracles", "import torch"]
 )
 def test_imports_of_shared_code_pass(line):
-    assert not tests_import_shared_code_only([Source.of("tests/test_a.py", f"{line}\n")])
+    assert not no_test_is_imported([Source.of("tests/test_a.py", f"{line}\n")])
+
+
+# ---- the architecture page ----------------------------------------------------------------------
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+PRIVATE = re.compile(r"_(?!_)\w*[a-zA-Z]\w*")
+
+
+def private_names_of_others(sources: list[Source]) -> dict[str, set[str]]:
+    """Private names that the library uses and does not define, with the files that use them."""
+    defined, used = set(NAMED_TUPLE), {}
+    for source in sources:
+        for node in ast.walk(source.tree):
+            if isinstance(node, Function | ast.ClassDef) and not _is_override_of_others(node):
+                defined.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                defined.add(node.id)
+            elif isinstance(node, ast.arg):
+                defined.add(node.arg)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and named(node.value) == "self":
+                defined.add(node.attr)
+            elif isinstance(node, ast.alias) and node.asname:
+                defined.add(node.asname)
+    for source in sources:
+        for node in ast.walk(source.tree):
+            names = [node.attr] if isinstance(node, ast.Attribute) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            for name in names:
+                if PRIVATE.fullmatch(name) and name not in defined:
+                    used.setdefault(name, set()).add(source.path)
+    return used
+
+
+def _is_override_of_others(node: ast.AST) -> bool:
+    """Whether a method calls the method of the same name of its base class."""
+    name = getattr(node, "name", "")
+    calls = (ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call))
+    return f"super().{name}" in calls
+
+
+def test_the_architecture_page_lists_the_private_names_of_other_packages():
+    used = private_names_of_others(LIBRARY)
+    table = ARCHITECTURE.partition("## Private names")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    listed = {name: row for row in rows for name in re.findall(r"[`.](_\w+)", row)}
+    missing = {name: sorted(paths) for name, paths in used.items() if name not in listed}
+    assert not missing, f"add to the table of docs/architecture.md: {missing}"
+    assert not listed.keys() - used.keys(), f"remove from docs/architecture.md: {sorted(listed.keys() - used.keys())}"
+    for name, paths in used.items():
+        for path in paths:
+            assert f"`{path.removeprefix('vit_rope/')}`" in listed[name], f"{name} is also used in {path}: add it"
+
+
+def layers_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("layers", ROOT / "docs" / "layers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_architecture_page_and_the_picture_show_the_tested_layers():
+    """`LAYERS` is written down once, in tests/test_imports.py; the script reads it there."""
+    script = layers_script()
+    layers = script.layers()
+    rows = re.findall(r"^\| (\d) \| `(\w+)(?:/|\.py)` \|", ARCHITECTURE, re.MULTILINE)
+    assert [{name for number, name in rows if int(number) == i} for i in range(len(layers))] == layers
+    assert set(script.IDEAS) == set(script.COLUMNS) == set().union(*layers)
+    inside, _ = script.graph()
+    depth = {name: i for i, names in enumerate(layers) for name in names}
+    assert all(depth[other] <= depth[name] for name, others in inside.items() for other in others)
+
+
+def test_the_picture_of_the_layers_can_be_drawn(tmp_path):
+    layers_script().draw(tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").stat().st_size < 100_000
+
+
+# ---- continuous integration ---------------------------------------------------------------------
+
+
+def test_the_workflow_runs_the_script_that_developers_run():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert set(workflow[True]) == {"push", "pull_request"}  # YAML 1.1 reads the key `on` as True
+    (job,) = workflow["jobs"].values()
+    assert job["timeout-minutes"] == 90
+    assert job["runs-on"].startswith("ubuntu")
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    assert {"python-version": "3.11"} in [step.get("with") for step in job["steps"]]
+
+
+def test_hooks_run_the_checks_of_the_script_from_the_environment():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]
+    assert {hook["language"] for hook in hooks[0]["hooks"]} == {"system"}
+    script = (ROOT / ".ci" / "run").read_text()
+    assert all(hook["entry"] in script for hook in hooks[0]["hooks"])
