@@ -20,9 +20,11 @@ ROOT = Path(__file__).parents[1]
 FILE_LINES, FUNCTION_LINES, READING_LINES = 320, 60, 700
 LONG_FUNCTIONS = {"forward_intermediates"}  # its arguments and its results are prescribed by timm
 READING = ["README.md", "vit_rope/positions/rotary/base.py", "vit_rope/attention.py", "vit_rope/models/vit.py"]
-SHARED_BY_TESTS = {"tests.helpers", "tests.oracles", "tests.processes"}
+SHARED_BY_TESTS = {"helpers", "oracles", "processes"}  # files of tests/ or of one of its folders
+ENTRY_POINTS = {"main", "bench"}  # of each file of cli/ and of each topic of bench/, called by the name of the file
 NAMED_TUPLE = {"_replace", "_asdict", "_fields", "_make"}  # public, in spite of the underscore
 INHERITED = {  # methods whose documentation is that of a class outside the library
+    "argparse.ArgumentParser": "error exit format_help print_help parse_args parse_known_args add_argument",
     "torch.nn.Module": "forward extra_repr state_dict load_state_dict train requires_grad_",
     "torch.autograd.Function": "forward backward setup_context",
     "lightning.pytorch.LightningModule": "training_step validation_step test_step configure_model"
@@ -249,12 +251,12 @@ def tensors_have_a_legend(sources: list[Source]) -> list[str]:
 
 
 def names_are_unique(sources: list[Source]) -> list[str]:
-    """No two top-level functions or classes of one folder share a name, except `main`."""
+    """No two top-level functions or classes of one folder share a name, except entry points."""
     owners: dict[tuple[str, str], Source] = {}
     found = []
     for source in sources:
         for node in source.tree.body:
-            if not isinstance(node, Function | ast.ClassDef) or node.name == "main" or node.name.startswith("__"):
+            if not isinstance(node, Function | ast.ClassDef) or node.name in ENTRY_POINTS or node.name.startswith("__"):
                 continue
             owner = owners.setdefault(("/".join(source.package), node.name), source)
             if owner.path != source.path:
@@ -290,14 +292,15 @@ def no_test_is_imported(sources: list[Source]) -> list[str]:
         for node in ast.walk(source.tree):
             if isinstance(node, ast.ImportFrom):
                 module = imported_from(node, source)
-                names = [f"{module}.{alias.name}" for alias in node.names] if module == "tests" else [module]
+                package = (ROOT / module.replace(".", "/")).is_dir()
+                names = [f"{module}.{alias.name}" for alias in node.names] if package else [module]
             elif isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             else:
                 continue
             for name in names:
                 parts = name.split(".")
-                shared = ".".join(parts[:2]) in SHARED_BY_TESTS
+                shared = parts[-1] in SHARED_BY_TESTS
                 if (parts[0] == "tests" and not shared) or any(part.startswith("test_") for part in parts):
                     found.append(source.at(node, f"imports {name}: move what tests share to tests/helpers.py"))
     return found
@@ -428,7 +431,14 @@ def test_imports_between_tests_are_found(line):
 
 
 @pytest.mark.parametrize(
-    "line", ["from tests.helpers import x", "from .helpers import x", "from tests import oracles", "import torch"]
+    "line",
+    [
+        "from tests.helpers import x",
+        "from .helpers import x",
+        "from tests import oracles",
+        "from tests.unet.helpers import x",
+        "import torch",
+    ],
 )
 def test_imports_of_shared_code_pass(line):
     assert not no_test_is_imported([Source.of("tests/test_a.py", f"{line}\n")])
