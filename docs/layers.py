@@ -100,6 +100,12 @@ def shown(inside: dict[str, set[str]], depth: dict[str, int]) -> list[tuple[str,
     return sorted(edges)
 
 
+def imports_shown() -> str:
+    """The arrows of the picture as text, such as "attention positions, bench analysis"."""
+    depth = {name: i for i, names in enumerate(layers()) for name in names}
+    return ", ".join(f"{name} {other}" for name, other in shown(graph()[0], depth))
+
+
 def route(name: str, other: str, depth: dict[str, int], lane: int) -> list[tuple[float, float]]:
     """Corners of an arrow, which passes the layers in between through a gap between two boxes."""
     x, y, to_x, to_y = COLUMNS[name], -STEP * depth[name], COLUMNS[other], -STEP * depth[other]
@@ -128,6 +134,7 @@ def draw(out: Path) -> None:
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
     from matplotlib.path import Path as Line
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     order, (inside, outside) = layers(), graph()
     depth = {name: i for i, names in enumerate(order) for name in names}
@@ -157,7 +164,9 @@ def draw(out: Path) -> None:
         ax.text(x, y - 0.25, needs, fontsize=9, style="italic", color="#333333", ha="center", va="center", zorder=3)
     with io.BytesIO() as buffer:
         fig.savefig(buffer, dpi=90)
-        Image.open(buffer).convert("RGB").quantize(32).save(out, optimize=True)
+        text = PngInfo()
+        text.add_text("imports", imports_shown())  # a test compares them with the source files
+        Image.open(buffer).convert("RGB").quantize(32).save(out, optimize=True, pnginfo=text)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 FILE_LINES, FUNCTION_LINES, READING_LINES = 320, 60, 700
@@ -517,9 +518,20 @@ def test_the_architecture_page_and_the_picture_show_the_tested_layers():
     assert all(depth[other] <= depth[name] for name, others in inside.items() for other in others)
 
 
-def test_the_picture_of_the_layers_can_be_drawn(tmp_path):
-    layers_script().draw(tmp_path / "layers.png")
-    assert (tmp_path / "layers.png").stat().st_size < 100_000
+def test_the_tree_names_every_file():
+    tree = ARCHITECTURE.partition("## The tree")[2].partition("\n## ")[0]
+    words = set(re.findall(r"\w+", tree))
+    missing = [source.path for source in LIBRARY if not {Path(source.path).stem.strip("_")} <= words | {"init", "main"}]
+    assert not missing, f"add to the tree of docs/architecture.md: {missing}"
+
+
+def test_the_picture_of_the_layers_shows_the_imports(tmp_path):
+    script = layers_script()
+    script.draw(tmp_path / "layers.png")
+    for path in (tmp_path / "layers.png", ROOT / "docs" / "layers.png"):
+        assert path.stat().st_size < 100_000
+        with Image.open(path) as picture:
+            assert picture.info["imports"] == script.imports_shown(), "draw it again: python docs/layers.py"
 
 
 # ---- continuous integration ---------------------------------------------------------------------
