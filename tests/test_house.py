@@ -114,7 +114,7 @@ def imported_from(node: ast.ImportFrom, source: Source) -> str:
 def files_are_short(sources: list[Source]) -> list[str]:
     counts = [(source, source.text.count("\n")) for source in sources]
     return [
-        source.at(1, f"{count} lines, at most {FILE_LINES}: move one idea to a file of its own")
+        source.at(1, f"{count} lines, at most {FILE_LINES}: move one idea to its own file")
         for source, count in counts
         if count > FILE_LINES
     ]
@@ -370,8 +370,8 @@ CATCHES = [  # a rule, what violates it, what the message contains
     ),
     (
         public_names_are_documented,
-        'class A(nn.Module):\n    """A."""\n    def turned(self): ...\n',
-        "a.py:3: A.turned has no docstring",
+        'class A(nn.Module):\n    """A."""\n    def rotate(self): ...\n',
+        "a.py:3: A.rotate has no docstring",
     ),
     (tensors_have_a_legend, DOC + "def f(x: Tensor | None): ...\n", "though f (line 2) takes a Tensor"),
     (
