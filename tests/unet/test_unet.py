@@ -1,4 +1,4 @@
-"""Positions in U-Nets: what diffusers users have goes on working, and no position is ever dropped without a word."""
+"""Positions in U-Nets: everything diffusers offers keeps working, and positions are never silently dropped."""
 
 import contextlib
 import copy
@@ -37,8 +37,14 @@ from torch import nn
 from tests.helpers import ROOT, spec_of
 from vit_rope import unet as unets
 from vit_rope.positions import Layout, Rotary, build, schemes
-from vit_rope.unet import RopeUNet2DConditionModel, RopeUNet2DModel, add_positions, remove_positions
-from vit_rope.unet.attention import PlacedAttention, PositionProcessor
+from vit_rope.unet import (
+    RopeUNet2DConditionModel,
+    RopeUNet2DModel,
+    add_positions,
+    remove_positions,
+    set_positions,
+)
+from vit_rope.unet.attention import PositionAttention, PositionProcessor
 from vit_rope.unet.maps import build_at, map_layout
 
 FITTING = {"comrope_ap": "comrope_ap(block=4)", "comrope_ld": "comrope_ld(block=4)"}  # for heads of 8 channels
@@ -158,7 +164,7 @@ def attention(spec="none", grid=(4, 6), unit="index", origin=0.0, level=0, **opt
     size = tuple(n * 2**level for n in grid)
     layout = map_layout(32, module.heads, module.inner_dim // module.heads, level, size, unit, origin)
     position = build_at("attention", level, spec, layout, "")
-    module.__class__, module.layout, module.position = PlacedAttention, layout, position
+    module.__class__, module.layout, module.position = PositionAttention, layout, position
     module.set_processor(PositionProcessor())
     return module
 
@@ -199,7 +205,7 @@ def test_axial_attention_by_hand_of_maps_and_of_their_tokens():
 def test_transformers_hand_their_grid_on_to_self_attention_alone(caplog):
     model, seen = add_positions(text(), "axial"), {}
     for name, module in model.named_modules():
-        if isinstance(module, PlacedAttention):
+        if isinstance(module, PositionAttention):
             module.register_forward_pre_hook(
                 lambda _, args, kwargs, name=name: seen.update({name: kwargs}), with_kwargs=True
             )
@@ -235,7 +241,7 @@ def test_every_scheme_changes_the_output_at_sizes_it_was_not_made_for(make, spec
 
 def test_only_self_attention_over_maps_has_a_place():
     model = add_positions(text(), "axial")
-    placed = {name for name, module in model.named_modules() if isinstance(module, PlacedAttention)}
+    placed = {name for name, module in model.named_modules() if isinstance(module, PositionAttention)}
     assert placed == {f"{block}{SELF}" for block in ("down_blocks.0", "mid_block", "up_blocks.1")} | {
         "up_blocks.1.attentions.1.transformer_blocks.0.attn1"
     }
@@ -389,7 +395,7 @@ def test_whoever_takes_weights_over_is_told_that_positions_stay_behind(cls, take
     getattr(cls, take)(model)
     add_positions(model, "axial(base=10)")
     nn.ModuleDict({"model": model}).state_dict()  # a part of something larger, but whole
-    with pytest.warns(UserWarning, match="read without its positions; .* call add_positions on that one too"):
+    with pytest.warns(UserWarning, match="read without its positions; .* call add_positions on that model too"):
         taken = getattr(cls, take)(model)
     assert not any(hasattr(module, "layout") for module in taken.modules())
 
@@ -682,7 +688,7 @@ def test_a_unet_without_self_attention():
         add_positions(text(**joined), "axial")
     only = joined | {"only_cross_attention": True, "mid_block_only_cross_attention": True}
     with pytest.raises(
-        ValueError, match=r"this UNet2DConditionModel has no self-attention over a feature map that pos"
+        ValueError, match=r"this UNet2DConditionModel has no self-attention over a feature map that can have pos"
     ):
         add_positions(text(**only), "axial")
 
@@ -695,7 +701,7 @@ def test_a_unet_without_self_attention():
         (("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"), f"down_blocks.0{SELF}"),
     ],
 )
-def test_self_attention_of_another_kind_is_refused(down, first):
+def test_self_attention_of_an_unsupported_kind_is_refused(down, first):
     up = tuple(name.replace("Down", "Up") for name in reversed(down))
     if "SpatioTemporal" in down[0]:
         blocks = {"down_block_types": down, "up_block_types": up, "block_out_channels": (32, 64)}
@@ -726,20 +732,20 @@ def test_a_head_that_the_scheme_cannot_use():
 
 
 def test_a_size_that_cannot_be():
-    with pytest.raises(ValueError, match="images of 16 x 15 do not divide by 2, which is how much this U-Net downsam"):
+    with pytest.raises(ValueError, match="images of 16 x 15 are not divisible by 2, the factor by which this U-Net downsam"):
         call(rope(), 16, 15)
     for size in (0, (8,), (8, 8, 8), (8.0, 8)):
         with pytest.raises(ValueError, match=r"sample_size is a number of pixels or \(height, width\)"):
             rope(sample_size=size)
-    with pytest.raises(ValueError, match=r"trained at in its config; set it there.*register_to_config.*it is None"):
+    with pytest.raises(ValueError, match=r"size of its training images in its config; set it there.*register_to_config.*it is None"):
         add_positions(plain(sample_size=None), "axial")
-    with pytest.raises(ValueError, match=r"in its config.*got sample_size=32 beside it"):
+    with pytest.raises(ValueError, match=r"in its config.*got sample_size=32 in addition"):
         add_positions(plain(), "axial", sample_size=32)
 
 
 def test_positions_twice_or_none_to_remove():
     model = add_positions(plain(), "axial")
-    with pytest.raises(ValueError, match="has positions already, 'axial'; call remove_positions first"):
+    with pytest.raises(ValueError, match="has positions already, 'axial'; call set_positions .*, or remove_positions first"):
         add_positions(model, "mixed")
     with pytest.raises(ValueError, match="this UNet2DModel has no positions to remove"):
         remove_positions(plain())
@@ -766,7 +772,7 @@ def test_other_models_and_attention_of_its_own():
             add_positions(model, "axial")
     model = plain()
     model.mid_block.attentions[0].set_processor(AttnProcessor())
-    with pytest.raises(ValueError, match=r"mid_block.attentions.0 computes attention its own way, by AttnProcessor"):
+    with pytest.raises(ValueError, match=r"mid_block.attentions.0 computes attention with a AttnProcessor, which positions would replace"):
         add_positions(model, "axial")
 
 
@@ -838,18 +844,18 @@ def test_linear_attention_turns_the_numerator_alone():
 
 
 def test_lucidrains_bad_input(lucid):
-    with pytest.raises(ValueError, match="does not know the size that it is trained at; give sample_size"):
+    with pytest.raises(ValueError, match="does not know the size of its training images; give sample_size"):
         add_positions(lucid(), "axial")
     wrong = r"downs.0.2 \(level 0, 16 channels, 2 heads of 6\).*attn_dim_head of the Unet sets the channels of a head"
     with pytest.raises(ValueError, match=wrong):
         add_positions(lucid(attn_dim_head=6), "axial", sample_size=16)
-    with pytest.raises(ValueError, match="positions already; call remove_positions first"):
+    with pytest.raises(ValueError, match="positions already; call set_positions .*, or remove_positions first"):
         add_positions(add_positions(lucid(), "axial", sample_size=16), "axial", sample_size=16)
     with pytest.raises(ValueError, match="this Unet has no positions to remove"):
         remove_positions(lucid())
     import denoising_diffusion_pytorch as package
 
-    with pytest.raises(TypeError, match="positions go into Unet alone, not KarrasUnet"):
+    with pytest.raises(TypeError, match="only Unet can have positions, not KarrasUnet"):
         add_positions(package.KarrasUnet(image_size=8, dim=8), "axial", sample_size=8)
 
 
