@@ -11,7 +11,7 @@ its positions unnoticed: `RopeUNet2DModel.from_pretrained` loads one, `UNet2DMod
 warns.
 """
 
-from diffusers.models.modeling_utils import ModelMixin  # pipelines look for this name in a model's module
+from diffusers.models.modeling_utils import ModelMixin  # pipelines look it up here
 
 from .classes import RopeMixin, RopeUNet2DConditionModel, RopeUNet2DModel, class_named, rope_class
 from .models import add_positions, remove_positions, set_positions
@@ -29,5 +29,5 @@ __all__ = [
 
 
 def __getattr__(name: str) -> type:
-    """A class that is not written out, such as RopeUNet3DConditionModel: pipelines and pickles name it."""
+    """A class made on demand, such as RopeUNet3DConditionModel, for pipelines and pickles."""
     return class_named(name, __name__)

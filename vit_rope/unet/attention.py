@@ -40,7 +40,7 @@ SIZE_IS_IN_CONFIG = (  # of two error messages
 )
 
 
-# ---- positions in all attentions of a U-Net, or in none -------------------------------------------------------------
+# ---- positions in all attentions of a U-Net, or in none ------------------------------------------
 def install(unet: Any, spec: str, unit: str, origin: Origin, attention: AttentionKind) -> None:
     """Give all self-attentions over maps positions, or none, and record it in the config.
 
@@ -110,9 +110,9 @@ def _remedy(host: nn.Module | None) -> str:
     return f"attention_head_dim in the U-Net's config sets the {what} here"
 
 
-# ---- what attention computes ----------------------------------------------------------------------------------------
+# ---- what attention computes ---------------------------------------------------------------------
 class PositionProcessor:
-    """diffusers' AttnProcessor2_0 for self-attention with positions, or linear attention in its place."""
+    """diffusers' AttnProcessor2_0 with positions, or linear attention in its place."""
 
     def __init__(self, attention: AttentionKind = "softmax") -> None:
         self.attention = attention
@@ -126,10 +126,11 @@ class PositionProcessor:
         temb: Tensor | None = None,
         grid: Sequence[int] | None = None,
     ) -> Tensor:
-        """A map (B, C, height, width), or its tokens (B, N, C) and their `grid`, to the same shape."""
+        """A map (B, C, height, width), or tokens (B, N, C) and their `grid`, to the same shape."""
         if encoder_hidden_states is not None:
             raise ValueError(
-                "this attention has positions, but keys from elsewhere (encoder_hidden_states) have none; leave them out"
+                "this attention has positions, but keys from elsewhere (encoder_hidden_states) have none; "
+                "leave them out"
             )
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
         if x.ndim == 4:
@@ -187,7 +188,7 @@ def pack_projections(*projections: nn.Module) -> tuple[Tensor, Tensor | None] | 
     return torch.cat([part.weight for part in linears]), torch.cat(biases) if biases else None
 
 
-# ---- the modules that attention and its hosts become ----------------------------------------------------------------
+# ---- the modules that attention and its hosts become ---------------------------------------------
 class PositionAttention(Attention):
     """Self-attention with positions, which no other processor may drop."""
 

@@ -64,7 +64,7 @@ class RopeMixin:
             _zero_outputs(self)
 
     def set_position(self, spec: str) -> None:
-        """Switch to another spec with the same parameters, e.g. "yarn(mixed, factor=2)" after "mixed".
+        """Switch to another spec with the same parameters: "yarn(mixed, factor=2)" after "mixed".
 
         What the positions have learned stays, and the config names the new spec. Raises ValueError,
         and changes nothing, for a spec that does not fit or has other parameters.
@@ -73,20 +73,20 @@ class RopeMixin:
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers; parameters of positions that the folder does not have are initialised."""
+        """As in diffusers; initialises parameters of positions that the folder does not have."""
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyrefly: ignore[missing-attribute]
         reset_missing_parameters(loaded[0], loaded[1].get("missing_keys", []))
         return loaded if output_loading_info else loaded[0]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Prepare a class with positions, written out below or made by `rope_class`, for diffusers."""
+        """Register a class with positions, written out below or made by `rope_class`."""
         super().__init_subclass__(**kwargs)
         if cls.__module__ == __name__:
             cls.__module__ = SAVED_MODULE
         stock = stock_class(cls)
         if RopeMixin in cls.__bases__:  # not a user's subclass of such a class
             _ROPE_CLASSES.setdefault(stock, cls)
-            if is_accelerate_available():  # learned frequencies keep their precision in from_pretrained(torch_dtype=…)
+            if is_accelerate_available():  # from_pretrained(torch_dtype=…) then keeps frequencies in float32
                 cls._keep_in_fp32_modules = [*(stock._keep_in_fp32_modules or []), "position"]
         if "__init__" not in vars(cls):
             cls.__init__ = _with_all_config_keys(cls.__init__, stock)
@@ -158,7 +158,10 @@ class RopeUNet2DModel(RopeMixin, UNet2DModel):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor, ...]:
-        """Noisy images (B, C, H, W) to a prediction of the same size; ValueError for a size that does not fit."""
+        """Noisy images (B, C, H, W) to a prediction of the same shape.
+
+        Raises ValueError for a size that is not divisible by the downsampling factor.
+        """
         factor = 2 ** sum(halvings(self))
         height, width = sample.shape[-2:]
         if height % factor or width % factor:
@@ -170,11 +173,11 @@ class RopeUNet2DModel(RopeMixin, UNet2DModel):
 
 
 class RopeUNet2DConditionModel(RopeMixin, UNet2DConditionModel):
-    """diffusers' UNet2DConditionModel, with positions in its self-attention but not in its cross-attention."""
+    """diffusers' UNet2DConditionModel, whose self-attention has positions; cross-attention has none."""
 
 
 def rope_class(stock: type) -> type:
-    """The class with positions for a diffusers U-Net class, such as RopeUNet2DModel for UNet2DModel."""
+    """The class with positions for a diffusers class, such as RopeUNet2DModel for UNet2DModel."""
     if stock not in _ROPE_CLASSES:  # creating the class registers it, in __init_subclass__
         type(f"Rope{stock.__name__}", (RopeMixin, stock), {"__module__": SAVED_MODULE})
     return _ROPE_CLASSES[stock]
@@ -192,7 +195,7 @@ def class_named(name: str, module: str) -> type:
 
 
 def _stock_class_named(name: str) -> type | None:
-    """The diffusers model class of this name, or else the latest user-defined one imported so far."""
+    """The diffusers model of this name, or else the latest user-defined one imported so far."""
     stock = getattr(diffusers, name, None)
     if isinstance(stock, type) and issubclass(stock, ModelMixin):
         return stock

@@ -73,7 +73,7 @@ _WITH_POSITIONS: dict[type, type] = {Attention: LucidrainsAttention, LinearAtten
 def add_to_lucidrains(
     unet: nn.Module, spec: str, sample_size: int | Sequence[int] | None, unit: str = "index", origin: Origin = 0.0
 ) -> nn.Module:
-    """Give every attention the positions named by `spec`, in place; see `vit_rope.unet.add_positions`."""
+    """Give every attention the positions named by `spec`; see `vit_rope.unet.add_positions`."""
     _check_unet(unet)
     if _attentions_with_positions(unet):
         raise ValueError(
@@ -118,7 +118,7 @@ def remove_from_lucidrains(unet: nn.Module) -> nn.Module:
 
 
 def lucidrains_attentions(unet: Any) -> list[tuple[str, Any, int]]:
-    """Name, module and level of every attention; level counts how many times its map has been halved."""
+    """Name, module and level (number of halvings of its map) of every attention."""
     last = len(unet.downs) - 1
     downs = [(f"downs.{i}.2", level[2], i) for i, level in enumerate(unet.downs)]
     ups = [(f"ups.{i}.2", level[2], last - i) for i, level in enumerate(unet.ups)]

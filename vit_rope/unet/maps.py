@@ -26,7 +26,7 @@ AttentionKind = Literal["softmax", "linear"]
 UNITS = ("index", "pixel", *coords.UNITS[1:])
 
 
-# ---- which attentions are over maps ---------------------------------------------------------------------------------
+# ---- which attentions are over maps --------------------------------------------------------------
 def map_attentions(unet: nn.Module) -> Iterator[tuple[str, Attention, Transformer2DModel | None]]:
     """Yield name, module and host of every self-attention over a map.
 
@@ -63,7 +63,7 @@ def check_reached(unet: nn.Module, reached: set[str]) -> None:
         )
 
 
-# ---- levels ---------------------------------------------------------------------------------------------------------
+# ---- levels --------------------------------------------------------------------------------------
 def halvings(unet: nn.Module) -> list[bool]:
     """Whether each down block of a diffusers U-Net halves its map."""
     return [getattr(block, "downsamplers", None) is not None for block in unet.down_blocks]
@@ -79,14 +79,14 @@ def level_of(unet: nn.Module, name: str) -> int:
 
 
 def pixels(sample_size: int | Sequence[int]) -> tuple[int, ...]:
-    """Height and width of an image; one number stands for both. Raises ValueError for anything else."""
+    """Height and width of an image; one number gives both. Raises ValueError for anything else."""
     size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
     if len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size):
         raise ValueError(f"sample_size is a number of pixels or (height, width), got {sample_size!r}")
     return size
 
 
-# ---- layouts and schemes --------------------------------------------------------------------------------------------
+# ---- layouts and schemes -------------------------------------------------------------------------
 @dataclass(frozen=True)
 class MapLayout(Layout):
     """The layout of one attention on a feature map.

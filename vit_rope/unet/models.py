@@ -1,4 +1,4 @@
-"""Add positions to a U-Net, change their spec, remove them: in place, and completely or not at all."""
+"""Add positions to a U-Net, change their spec, remove them: in place, all or none."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def add_positions(
     """Give every self-attention of a U-Net the positions named by `spec`, in place.
 
     Works on diffusers U-Nets, whose class and config then name the positions, and on the `Unet` of
-    denoising-diffusion-pytorch. Absolute schemes are added to the normalised input of the attention.
+    denoising-diffusion-pytorch. Absolute schemes are added to the normalised input of attention.
 
     Args:
         unet: the U-Net to change
