@@ -1,4 +1,4 @@
-"""Images from a trained denoiser: `sample(load("runs/digits_ddpm"), n=64)`, or `vit-rope sample`."""
+"""Images from a trained denoiser: `sample(load("runs/digits_ddpm"), n=64)` or `vit-rope sample`."""
 
 from .images import image_grid, to_bytes, to_pil, write_gif, write_png
 from .io import DTYPES, describe, load, save

@@ -28,15 +28,15 @@ def load(
     scaling: str | None = None,
     size: Sequence[int] | None = None,
 ) -> Denoiser:
-    """Load the denoiser of a run (its best checkpoint), a Lightning checkpoint or a diffusers pipeline.
+    """Load a denoiser from a run, a Lightning checkpoint or a diffusers pipeline.
 
     Args:
-        path: a run's folder, a checkpoint file or a pipeline's folder. Checkpoints hold averaged
-            weights if the run kept an average
+        path: a run's folder (its best checkpoint is loaded), a checkpoint file or a pipeline's
+            folder. Checkpoints hold averaged weights if the run kept an average
         device: where the network will run
         dtype: data type of its weights; positions keep theirs
         scaling: a modifier of its rotary positions, such as "ntk" or "yarn(slow=0.3)", for a `size`
-            larger than that of training. Its factors are the ratios of the two sizes along each axis
+            larger than that of training; its factors are the ratios of the two along each axis
         size: height and width in pixels of the images to sample, for `scaling`
 
     Raises FileNotFoundError if there is nothing at the path, and ValueError for anything but a
@@ -53,12 +53,13 @@ def load(
     try:
         denoiser = read(path, lambda config: {} if scaling is None else {"position": _scaled(config, scaling, size)})
         _check_facts(denoiser)
-    except Exception as error:  # a file from elsewhere can hold anything, and make diffusers raise any exception
+    except Exception as error:  # an unknown file can make diffusers raise any exception
         if type(error) in (ValueError, FileNotFoundError):
             raise
         why = f"{type(error).__name__}: {files.one_line(error)}"
         raise ValueError(f"{path} is damaged, or does not hold a denoiser that can be sampled ({why})") from error
-    # not diffusers' own `to`, which warns about float32 positions: they keep their precision themselves
+    # not diffusers' own `to`, which warns about float32 positions: they keep their precision
+    # themselves
     model = torch.nn.Module.to(denoiser.model, device, dtype)
     return denoiser._replace(model=model.eval().requires_grad_(False))
 
@@ -87,12 +88,11 @@ def save(denoiser: Denoiser, folder: str | Path) -> None:
         Path(folder, "labels.json").write_text(text + "\n")
 
 
-# ---- positions for larger sizes --------------------------------------------------------------------
+# ---- positions for larger sizes ------------------------------------------------------------------
 def _scaled(config: dict[str, Any], scaling: str, size: Sequence[int] | None) -> str:
     """The position spec of a config under a modifier, with factors for the size unless it has some.
 
-    It changes the config before the model is made, so one rule serves RopeDiT and U-Nets, and
-    weights are read only once.
+    The config changes before the model is created, so the same code serves RopeDiT and U-Nets.
     """
     spec, unit, trained = config.get("position"), config.get("position_unit", "index"), config["sample_size"]
     if spec is None:
@@ -110,7 +110,7 @@ def _scaled(config: dict[str, Any], scaling: str, size: Sequence[int] | None) ->
     return f"{name}({spec}{options and ', '}{options})"
 
 
-# ---- what files hold -------------------------------------------------------------------------------
+# ---- what files hold -----------------------------------------------------------------------------
 def _read_checkpoint(path: Path, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> Denoiser:
     """The denoiser in a Lightning checkpoint, with `changes(config)` in the config of its model."""
     content = files.read(path)
@@ -157,7 +157,7 @@ def _noise(config: dict[str, Any]) -> Any:
 
 
 def _check_facts(denoiser: Denoiser) -> None:
-    """Raise ValueError for an unknown prediction type and for labels that the model does not embed."""
+    """Raise ValueError for an unknown prediction type, or labels that the model does not embed."""
     kind, embedded = denoiser.noise.config.prediction_type, denoiser.model.config.num_class_embeds or 0
     if kind not in PREDICTION_TYPES:
         raise ValueError(f"the model predicts {kind!r}; sampling supports {', '.join(PREDICTION_TYPES)}")
@@ -170,7 +170,7 @@ def _check_facts(denoiser: Denoiser) -> None:
 
 
 def _model_class(name: str) -> Any:
-    """A model class of this library or diffusers, and no other, as the name may come with a download."""
+    """A model class of this library or diffusers only, as the name may come with a download."""
     module = "vit_rope.models.dit" if name == "RopeDiT" else "vit_rope.unet" if name.startswith("Rope") else "diffusers"
     cls: Any = getattr(importlib.import_module(module), name, None)
     forward: Any = getattr(cls, "forward", None)

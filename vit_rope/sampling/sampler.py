@@ -36,7 +36,7 @@ class Denoiser(NamedTuple):
         model: RopeUNet2DModel, UNet2DModel or RopeDiT, called as diffusers calls a U-Net
         noise: the diffusers scheduler that it was trained with
         classes: number of classes, whose labels are 0 to `classes` - 1; 0 for a model without
-        null_label: the label that stands for any class, in a model trained with some labels left out
+        null_label: the label for any class, in a model trained with some labels left out
     """
 
     model: Any
@@ -98,11 +98,11 @@ def sample(
     callback: Callback | None = None,
     end_seed: int | None = None,
 ) -> Tensor:
-    """Images (n, C, H, W) in [-1, 1], float32 on the CPU; image i depends on `seed + i` and not on `n`.
+    """Sample images (n, C, H, W) in [-1, 1], float32 on the CPU.
 
-    Options are those of `SampleConfig`. `callback` is called before the first step and after every
-    step of each tile, with the fraction done and the current images. Raises ValueError, before any
-    work, for what the model cannot do.
+    Image i depends on `seed + i` and not on `n`. Options are those of `SampleConfig`. `callback` is
+    called before the first step and after every step of each tile, with the fraction done and the
+    current images. Raises ValueError, before any work, for what the model cannot do.
     """
     height_width = None if size is None else (size[0], size[1])
     config = SampleConfig(n, steps, scheduler, height_width, labels, guidance, seed, n, end_seed)
@@ -130,7 +130,7 @@ def sample_batches(denoiser: Denoiser, config: SampleConfig, callback: Callback 
 def _images(
     denoiser: Denoiser, config: SampleConfig, size: tuple[int, int], callback: Callback | None
 ) -> Iterator[Tensor]:
-    """Images (C, H, W), one by one, drawn in tiles; the last tile is filled up with images beyond n."""
+    """Images (C, H, W), one by one, drawn in tiles; images beyond n fill up the last tile."""
     device = next(denoiser.model.parameters()).device
     count = tile_size(size, device)
     tiles = math.ceil(config.n / count)
@@ -271,7 +271,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _labels(denoiser: Denoiser, labels: Sequence[int] | None, numbers: range, device: torch.device) -> Tensor | None:
-    """Labels (B,) of images of these numbers, the given ones in turn; None for a model without classes."""
+    """Labels (B,) of images of these numbers, used in turn; None for a model without classes."""
     if not denoiser.classes:
         return None
     labels = labels or [_null(denoiser)]

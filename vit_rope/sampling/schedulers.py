@@ -38,9 +38,10 @@ def check_scheduler(name: str) -> None:
 
 
 def make_scheduler(name: str, noise: Any, steps: int, device: torch.device | None = None) -> Any:
-    """diffusers' scheduler for a short name, ready for `steps` steps over the schedule `noise` of training.
+    """Make diffusers' scheduler for a short name, ready for `steps` steps.
 
-    It expects velocities. Raises ValueError, which lists all names, for an unknown name.
+    `noise` is the scheduler of the training, whose noise schedule it uses. It expects velocities.
+    Raises ValueError, which lists all names, for an unknown name.
     """
     import diffusers  # slow to import, and not needed before
 

@@ -173,7 +173,9 @@ class RopeUNet2DModel(RopeMixin, UNet2DModel):
 
 
 class RopeUNet2DConditionModel(RopeMixin, UNet2DConditionModel):
-    """diffusers' UNet2DConditionModel, whose self-attention has positions; cross-attention has none."""
+    """diffusers' UNet2DConditionModel, whose self-attention has positions; cross-attention has
+    none.
+    """
 
 
 def rope_class(stock: type) -> type:
