@@ -195,9 +195,9 @@ def test_a_failed_export_keeps_the_previous_one(tmp_path, monkeypatch):
     module.export(folder, state, {})
     before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
 
-    def full(denoiser, beside):
-        beside.mkdir()
-        (beside / "half").write_text("half")
+    def full(denoiser, temporary):
+        temporary.mkdir()
+        (temporary / "half").write_text("half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(sampling, "save", full)

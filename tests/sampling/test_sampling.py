@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -455,15 +456,28 @@ def test_run_checkpoint_and_pipeline_draw_the_same(fitted):
     assert (denoiser.classes, denoiser.null_label, denoiser.size, denoiser.multiple) == (10, 10, (8, 8), 4)
 
 
+def test_code_blocks_of_the_page_run(fitted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name in ("digits_ddpm", "fashion_ddpm"):
+        Path("runs", name).symlink_to(fitted[0])
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "diffusion.md").read_text(), re.DOTALL):
+        exec(code, names)
+    assert names["images"].shape == (16, 1, 8, 8)
+    assert Path("threes.png").is_file()
+    assert type(names["pipeline"].unet) is RopeDiT
+
+
 def test_resumed_equals_uninterrupted(config, fitted, tmp_path):
     run("fit", "--config", config, "--out", tmp_path, "--trainer.max_epochs", 1)
     run("fit", "--config", config, "--out", tmp_path, "--ckpt_path", "last")
-    whole, halves = (
+    uninterrupted, resumed = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (fitted[0], tmp_path)
     )
     for part in ("state_dict", "weights_in_training"):
-        for name, value in whole[part].items():
-            assert torch.equal(halves[part][name], value), name
+        for name, value in uninterrupted[part].items():
+            assert torch.equal(resumed[part][name], value), name
 
 
 @pytest.mark.parametrize(

@@ -73,17 +73,17 @@ def attention(spec="none", grid=(4, 6), unit="index", origin=0.0, level=0, **opt
 @pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
 @torch.no_grad()
 def test_every_option_of_attention_behaves_as_stock(options):
-    placed, x = attention(**options), torch.randn(2, 32, 4, 6)
+    positioned, x = attention(**options), torch.randn(2, 32, 4, 6)
     stock = Attention(32, **{"heads": 2, "dim_head": 8} | options)
-    stock.load_state_dict(placed.state_dict())
+    stock.load_state_dict(positioned.state_dict())
     assert type(stock.processor) is AttnProcessor2_0
     norm = {"temb": torch.randn(2, 6, 2, 3)} if "spatial_norm_dim" in options else {}
-    assert torch.equal(placed(x, **norm), stock(x, **norm))
+    assert torch.equal(positioned(x, **norm), stock(x, **norm))
     if not norm:
         tokens, mask = x.flatten(2).transpose(1, 2), torch.randn(2, 1, 24)
         wanted = stock(tokens, attention_mask=mask)
         if not options.get("residual_connection"):
-            assert torch.equal(placed(tokens, attention_mask=mask, grid=(4, 6)), wanted)
+            assert torch.equal(positioned(tokens, attention_mask=mask, grid=(4, 6)), wanted)
 
 
 @torch.no_grad()
@@ -135,15 +135,15 @@ def test_shifting_all_coordinates_changes_nothing_if_a_scheme_is_relative(spec):
 @torch.no_grad()
 def test_every_scheme_changes_the_output_at_sizes_it_was_not_made_for(make, spec):
     model = make()
-    placed = with_large_tables(add_positions(copy.deepcopy(model), spec))
+    positioned = with_large_tables(add_positions(copy.deepcopy(model), spec))
     for size in ((16, 16), (8, 24), (32, 16)):
-        assert gap(call(placed, *size), call(model, *size)) > 1e-4
+        assert gap(call(positioned, *size), call(model, *size)) > 1e-4
 
 
 def test_only_self_attention_over_maps_has_positions():
     model = add_positions(text(), "axial")
-    placed = {name for name, module in model.named_modules() if isinstance(module, PositionAttention)}
-    assert placed == {f"{block}{SELF}" for block in ("down_blocks.0", "mid_block", "up_blocks.1")} | {
+    positioned = {name for name, module in model.named_modules() if isinstance(module, PositionAttention)}
+    assert positioned == {f"{block}{SELF}" for block in ("down_blocks.0", "mid_block", "up_blocks.1")} | {
         "up_blocks.1.attentions.1.transformer_blocks.0.attn1"
     }
     video = UNet3DConditionModel(
@@ -307,13 +307,13 @@ def test_export_takes_all_sizes():
 
 @torch.no_grad()
 def test_projections_with_hooks_or_their_own_forward_are_called():
-    placed = add_positions(plain(), "axial")
-    attention = placed.mid_block.attentions[0]
-    want, seen = call(placed, 16, 16), []
+    positioned = add_positions(plain(), "axial")
+    attention = positioned.mid_block.attentions[0]
+    want, seen = call(positioned, 16, 16), []
     handle = attention.to_k.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out)))
-    assert gap(call(placed, 16, 16), want) < 1e-5
+    assert gap(call(positioned, 16, 16), want) < 1e-5
     handle.remove()
     tokens, keys = seen[0]
     torch.testing.assert_close(keys, attention.to_k(tokens), rtol=0, atol=0)  # not rotated
     attention.to_k.forward = lambda tokens: keys * 0  # as tools that offload weights do
-    assert gap(call(placed, 16, 16), want) > 1e-6
+    assert gap(call(positioned, 16, 16), want) > 1e-6

@@ -40,17 +40,17 @@ def test_identity_is_stock_and_rotation_is_not(lucid, options):
         stock = denoise(model, *size)
         for spec in SPECS:
             try:
-                placed = add_positions(copy.deepcopy(model), spec, sample_size=16)
+                positioned = add_positions(copy.deepcopy(model), spec, sample_size=16)
             except ValueError as error:
                 assert re.search("level .*linear attention has", str(error))  # noqa: PT017
                 assert not options
                 continue
             if spec in ("none", "axial", "mixed"):  # of which rotation is all they do
-                assert gap(denoise(without_rotation(copy.deepcopy(placed)), *size), stock) < 2e-6
+                assert gap(denoise(without_rotation(copy.deepcopy(positioned)), *size), stock) < 2e-6
             if spec != "none":
-                assert gap(denoise(with_large_tables(placed), *size), stock) > 1e-5
-            assert torch.equal(denoise(remove_positions(placed), *size), stock)
-            assert set(placed.state_dict()) == set(model.state_dict())
+                assert gap(denoise(with_large_tables(positioned), *size), stock) > 1e-5
+            assert torch.equal(denoise(remove_positions(positioned), *size), stock)
+            assert set(positioned.state_dict()) == set(model.state_dict())
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ Shapes   N cells of a map (row-major), A axes of a map (2: height, width)
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -64,7 +64,7 @@ def check_reached(unet: nn.Module, reached: set[str]) -> None:
 
 
 # ---- levels --------------------------------------------------------------------------------------
-def halvings(unet: nn.Module) -> list[bool]:
+def halvings(unet: Any) -> list[bool]:
     """Whether each down block of a diffusers U-Net halves its map."""
     return [getattr(block, "downsamplers", None) is not None for block in unet.down_blocks]
 
