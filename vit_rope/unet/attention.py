@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from ..attention import attend, attend_linear, attend_qkv, has_no_hooks
 from ..positions import Encoding, Position
-from ..positions.encoding import rotates_only
 from .maps import (
     AttentionKind,
     MapLayout,
@@ -160,7 +159,7 @@ class PositionProcessor:
         Queries, keys and values come from one product, and are rotated together, where possible.
         """
         projections = (attn.to_q, attn.to_k, attn.to_v)
-        if self.attention == "softmax" and rotates_only(encoding) and attn.norm_q is attn.norm_k is None:
+        if self.attention == "softmax" and encoding.rotates_only() and attn.norm_q is attn.norm_k is None:
             packed = pack_projections(*projections)
             if packed is not None:
                 return attend_qkv(F.linear(x, *packed), attn.heads, encoding, mask=mask, overwrite=True)
