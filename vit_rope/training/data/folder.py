@@ -115,7 +115,7 @@ def center_crop(size: int, share: float) -> list[v2.Transform]:
 
 def augmentation(size: int, strength: Strength) -> list[v2.Transform]:
     """The transforms of training for `augment` light or strong; ValueError for another word."""
-    light = [
+    light: list[v2.Transform] = [
         v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip(),
     ]

@@ -136,7 +136,7 @@ def existing_run_files(folder: Path) -> list[str]:
 
 def is_resume(folder: Path, ckpt_path: str | None) -> bool:
     """Whether a checkpoint belongs to the run in this folder."""
-    return bool(ckpt_path) and Path(str(ckpt_path)).resolve().is_relative_to(folder.resolve())
+    return bool(ckpt_path) and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
 
 
 def check_free(folder: Path, ckpt_path: str | None, overwrite: bool = False) -> None:
