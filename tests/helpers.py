@@ -183,9 +183,7 @@ def assert_same(run: Path, other: Path) -> None:
 
 
 def assert_equal(first, second, path: str) -> None:
-    """Two nested structures have the same types and bit-identical values; `path` is for the
-    message.
-    """
+    """Two nested structures have equal types and bit-identical values; `path` is for messages."""
     assert type(first) is type(second), path
     if isinstance(first, dict):
         assert list(first) == list(second), path
