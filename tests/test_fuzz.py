@@ -56,9 +56,7 @@ def write_counts():
 
 
 def attempt(name: str, call) -> None:
-    """Call; only a one-line ValueError of this library, or the exit of the command line, may be
-    raised.
-    """
+    """Call; it may only raise a one-line ValueError of this library or exit as the command line."""
     counts = COUNTS.setdefault(name, Counter())
     fault, message = None, ""
     try:

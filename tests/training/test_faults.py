@@ -283,7 +283,7 @@ def test_folder_is_checked_again_after_it_is_locked(config, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_prints_how_to_resume(config, tmp_path, number, monkeypatch, capfd):
-    run("--config", config, "--out", tmp_path / "whole")
+    run("--config", config, "--out", tmp_path / "uninterrupted")
     out = tmp_path / "r"
     before = signal.getsignal(number)
 
@@ -300,23 +300,23 @@ def test_signal_saves_and_prints_how_to_resume(config, tmp_path, number, monkeyp
     assert last_checkpoint(out)["global_step"] == 9
     assert "stopping after this step (Ctrl-C again: quit without saving)" in capfd.readouterr().err
     run("--ckpt_path", out)
-    assert_same(tmp_path / "whole", out)
+    assert_same(tmp_path / "uninterrupted", out)
 
 
 def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("where", ["on_sanity_check_start", "on_train_epoch_end"])
-def test_ctrl_c_between_steps_prints_how_to_resume(config, tmp_path, monkeypatch, capsys, where):
+@pytest.mark.parametrize("hook", ["on_sanity_check_start", "on_train_epoch_end"])
+def test_ctrl_c_between_steps_prints_how_to_resume(config, tmp_path, monkeypatch, capsys, hook):
     """Before the first step, and after the last epoch."""
     handler = signal.getsignal(signal.SIGINT)
     out = tmp_path / "with space"
     (tmp_path / "fix_run_mine.py").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(LastCheckpoint, "on_fit_end", interrupt, raising=False)
-    if where == "on_sanity_check_start":
-        monkeypatch.setattr(LastCheckpoint, where, interrupt, raising=False)
+    if hook == "on_sanity_check_start":
+        monkeypatch.setattr(LastCheckpoint, hook, interrupt, raising=False)
     args = ["--import", "fix_run_mine", "--config", config, "--out", str(out), "--trainer.max_epochs", "1"]
     try:
         with pytest.raises(SystemExit) as caught:
@@ -325,7 +325,7 @@ def test_ctrl_c_between_steps_prints_how_to_resume(config, tmp_path, monkeypatch
         signal.signal(signal.SIGINT, handler)  # Lightning leaves the signal ignored
     assert caught.value.code == 130
     line = capsys.readouterr().err.splitlines()[-1]
-    if where == "on_sanity_check_start":
+    if hook == "on_sanity_check_start":
         assert line == "Interrupted before a step was saved. Run the same command again to start over"
     else:
         command = f"vit-rope fit --import fix_run_mine --ckpt_path '{out}'"
@@ -456,10 +456,10 @@ def test_accumulated_batches_are_one_large_batch(config, tmp_path):
     run(*args, "--out", tmp_path / "large", "--trainer.limit_train_batches", 4)
     small = ("--data.batch_size", 16, "--trainer.limit_train_batches", 16, "--trainer.accumulate_grad_batches", 4)
     run(*args, "--out", tmp_path / "small", *small)
-    one, other = last_checkpoint(tmp_path / "large"), last_checkpoint(tmp_path / "small")
-    assert one["global_step"] == other["global_step"] == 4
-    for name, value in one["weights_in_training"].items():
-        torch.testing.assert_close(other["weights_in_training"][name], value, rtol=0, atol=1e-6)
+    large, small = last_checkpoint(tmp_path / "large"), last_checkpoint(tmp_path / "small")
+    assert large["global_step"] == small["global_step"] == 4
+    for name, value in large["weights_in_training"].items():
+        torch.testing.assert_close(small["weights_in_training"][name], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.cuda

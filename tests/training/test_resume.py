@@ -41,26 +41,26 @@ def configs(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(configs, tmp_path_factory) -> dict[str, Path]:
+def uninterrupted(configs, tmp_path_factory) -> dict[str, Path]:
     """Runs that were not interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     for name, config in configs.items():
         run("--config", config, "--out", folder / name)
     return {name: folder / name for name in configs}
 
 
 @pytest.mark.parametrize("name", ["classifier", "denoiser"])
-def test_same_seed_twice_is_the_same_run(configs, whole, tmp_path, name):
+def test_same_seed_twice_is_the_same_run(configs, uninterrupted, tmp_path, name):
     run("--config", configs[name], "--out", tmp_path / "again")
-    assert_same(whole[name], tmp_path / "again")
+    assert_same(uninterrupted[name], tmp_path / "again")
     run("--config", configs[name], "--out", tmp_path / "other", "--seed_everything", 4)
     with pytest.raises(AssertionError):
-        assert_same(whole[name], tmp_path / "other")
+        assert_same(uninterrupted[name], tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", ["classifier", "denoiser"])
 @pytest.mark.parametrize("steps", [12, 9], ids=["after an epoch", "within an epoch"])
-def test_resumed_run_equals_the_uninterrupted_one(configs, whole, tmp_path, name, steps):
+def test_resumed_run_equals_the_uninterrupted_one(configs, uninterrupted, tmp_path, name, steps):
     """Both parts have the schedule of 24 steps, as in a run that was killed."""
     args = ("--config", configs[name], "--out", tmp_path / "r", "--model.schedule.warmup", 2)
     stop_after(args, steps)
@@ -68,7 +68,7 @@ def test_resumed_run_equals_the_uninterrupted_one(configs, whole, tmp_path, name
     assert last_checkpoint(tmp_path / "r")["global_step"] == steps
     run(*args, "--ckpt_path", "last")
     assert (tmp_path / "r" / "metrics.jsonl").read_text().startswith(before)
-    assert_same(whole[name], tmp_path / "r")
+    assert_same(uninterrupted[name], tmp_path / "r")
 
 
 OPTIONS = {
@@ -81,7 +81,7 @@ OPTIONS = {
 def test_resumed_within_an_epoch(configs, tmp_path, options, steps):
     loss = ("--checkpoint.monitor", "val/loss", "--checkpoint.mode", "min")
     args = ("--config", configs["classifier"], *options, *loss, "--trainer.max_epochs", 2, "--ema.decay", 0.5)
-    run(*args, "--out", tmp_path / "whole")
+    run(*args, "--out", tmp_path / "uninterrupted")
     stop_after((*args, "--out", tmp_path / "r"), steps)
     checkpoint = last_checkpoint(tmp_path / "r")
     assert checkpoint["global_step"] == steps
@@ -90,16 +90,16 @@ def test_resumed_within_an_epoch(configs, tmp_path, options, steps):
     (best,) = [state for name, state in checkpoint["callbacks"].items() if name.startswith("BestCheckpoint")]
     assert best["best_model_score"] == pytest.approx(scores[-1], rel=1e-5)  # it includes the validation at this step
     run(*args, "--out", tmp_path / "r", "--ckpt_path", "last")
-    assert_same(tmp_path / "whole", tmp_path / "r")
+    assert_same(tmp_path / "uninterrupted", tmp_path / "r")
 
 
 def test_runs_with_max_steps_can_be_extended_within_an_epoch(configs, tmp_path):
     args = ("--config", configs["classifier"], "--trainer.max_epochs", -1, "--model.schedule.name", "constant")
-    run(*args, "--out", tmp_path / "whole", "--trainer.max_steps", 15)
+    run(*args, "--out", tmp_path / "uninterrupted", "--trainer.max_steps", 15)
     run(*args, "--out", tmp_path / "r", "--trainer.max_steps", 8)
     assert last_checkpoint(tmp_path / "r")["global_step"] == 8
     run(*args, "--out", tmp_path / "r", "--trainer.max_steps", 15, "--ckpt_path", "last")
-    assert_same(tmp_path / "whole", tmp_path / "r")
+    assert_same(tmp_path / "uninterrupted", tmp_path / "r")
 
 
 def best_of(folder: Path) -> tuple[float, int]:
@@ -111,10 +111,10 @@ def best_of(folder: Path) -> tuple[float, int]:
     return float(state["best_model_score"]), best["epoch"]
 
 
-def test_moved_run_keeps_its_best_checkpoint(configs, whole, tmp_path):
+def test_moved_run_keeps_its_best_checkpoint(configs, uninterrupted, tmp_path):
     """A learning rate that ruins the weights makes every later epoch worse."""
     moved, ruin = tmp_path / "moved", ("--trainer.max_epochs", 5, "--model.optim.lr", 10, "--ema.decay", 0)
-    shutil.copytree(whole["denoiser"], moved)
+    shutil.copytree(uninterrupted["denoiser"], moved)
     before = best_of(moved)
     run("--ckpt_path", moved, *ruin)
     assert last_checkpoint(moved)["epoch"] == 4
@@ -127,7 +127,7 @@ def test_moved_run_keeps_its_best_checkpoint(configs, whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["classifier", "denoiser"])
-def test_killed_at_random_moments(configs, whole, tmp_path, name):
+def test_killed_at_random_moments(configs, uninterrupted, tmp_path, name):
     """Ten SIGKILLs: within steps, during validations and while checkpoints are written."""
     args = ("--config", configs[name], "--out", tmp_path / "r", "--last.every_steps", 1)
     status, out, err = finish(start("tests.processes", "kill", 0, 10, "fit", *args), timeout=240)
@@ -135,7 +135,7 @@ def test_killed_at_random_moments(configs, whole, tmp_path, name):
     counts = json.loads(out.splitlines()[-1])
     assert counts["kills"] == 10
     assert counts["resumed"] >= 3
-    assert_same(whole[name], tmp_path / "r")
+    assert_same(uninterrupted[name], tmp_path / "r")
     assert not [path for path in (tmp_path / "r").rglob("*.ckpt") if path.name not in ("last.ckpt", "best.ckpt")]
 
 
@@ -152,8 +152,8 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("name", "value"), MALFORMED.items(), ids=MALFORMED)
-def test_malformed_checkpoint_is_refused(whole, tmp_path, name, value):
-    content = last_checkpoint(whole["denoiser"])
+def test_malformed_checkpoint_is_refused(uninterrupted, tmp_path, name, value):
+    content = last_checkpoint(uninterrupted["denoiser"])
     *outer, key = name.split("/")
     inner = content[outer[0]] if outer else content
     inner.update({key: value}) if value is not None else inner.pop(key)
@@ -166,8 +166,8 @@ def test_malformed_checkpoint_is_refused(whole, tmp_path, name, value):
             main(["validate", "--ckpt_path", str(tmp_path / "bad.ckpt")])
 
 
-def test_missing_weights_in_training(whole, tmp_path):
-    content = last_checkpoint(whole["denoiser"])
+def test_missing_weights_in_training(uninterrupted, tmp_path):
+    content = last_checkpoint(uninterrupted["denoiser"])
     name, _ = content["weights_in_training"].popitem()
     torch.save(content, tmp_path / "bad.ckpt")
     with pytest.raises(
@@ -178,8 +178,8 @@ def test_missing_weights_in_training(whole, tmp_path):
 
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("opt", ["sgd", "lion"])
-def test_state_of_a_different_optimizer(whole, tmp_path, opt, named):
-    content = last_checkpoint(whole["denoiser"])
+def test_state_of_a_different_optimizer(uninterrupted, tmp_path, opt, named):
+    content = last_checkpoint(uninterrupted["denoiser"])
     if not named:  # as in a checkpoint of a different program
         for group in content["optimizer_states"][0]["param_groups"]:
             group.pop("opt")
@@ -197,12 +197,12 @@ def test_state_of_a_different_optimizer(whole, tmp_path, opt, named):
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
-def test_denoiser_that_learned_a_different_prediction(whole, command):
+def test_denoiser_that_learned_a_different_prediction(uninterrupted, command):
     with pytest.raises(
         ValueError,
         match=r"^the checkpoint's model has learned to predict v, not epsilon: set prediction: v, or train anew$",
     ):
-        main([command, "--ckpt_path", str(whole["denoiser"]), "--model.prediction", "epsilon"])
+        main([command, "--ckpt_path", str(uninterrupted["denoiser"]), "--model.prediction", "epsilon"])
 
 
 # The parts
@@ -211,10 +211,10 @@ def test_denoiser_that_learned_a_different_prediction(whole, command):
 def test_sampler_starts_at_any_index():
     order = ResumableSampler(20, shuffle=True, repeats=2)
     order.set_epoch(3)
-    whole = list(order)
+    complete = list(order)
     order.start = 7
-    assert [(int(index), index.seed) for index in order] == [(int(index), index.seed) for index in whole[7:]]
-    assert len({index.seed for index in whole}) == len(whole)  # a repeated image gets different changes
+    assert [(int(index), index.seed) for index in order] == [(int(index), index.seed) for index in complete[7:]]
+    assert len({index.seed for index in complete}) == len(complete)  # a repeated image gets different changes
 
 
 class Noise:
@@ -237,14 +237,14 @@ def draws(workers: int = 0, state: dict | None = None, take: int = 3) -> tuple[l
 
 
 def test_random_changes_do_not_depend_on_the_process_or_the_first_batch():
-    whole, _ = draws()
-    assert len(whole) == 3
-    assert draws(workers=1)[0] == whole
+    epoch, _ = draws()
+    assert len(epoch) == 3
+    assert draws(workers=1)[0] == epoch
     first, batches = draws(take=1)
     state = batches.state_dict()
     assert state == {"epoch": 2, "batches": 1}
-    assert first + draws(state=state)[0] == whole
-    assert draws(state={"epoch": 1, "batches": 1})[0] == whole  # saved at the end of the previous epoch
+    assert first + draws(state=state)[0] == epoch
+    assert draws(state={"epoch": 1, "batches": 1})[0] == epoch  # saved at the end of the previous epoch
     torch.manual_seed(6)
     before = torch.random.get_rng_state()
     assert (

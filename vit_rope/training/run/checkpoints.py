@@ -174,9 +174,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look for the best checkpoint next to the one that is resumed, and forget it if it is
-        gone.
-        """
+        """Look for the best checkpoint next to the resumed one, and forget it if it is gone."""
         state = checkpoint["callbacks"].get(self.state_key)
         if not state or not state["best_model_path"]:
             return

@@ -18,7 +18,7 @@ class FolderLock:
     """The exclusive right to write to a folder, released when the process ends in any way.
 
     filelock, which comes with torch, uses flock: data workers inherit such a lock and keep it when
-    the main process is killed. A POSIX record lock (lockf) belongs to the process alone.
+    the main process is killed. A POSIX record lock (lockf) belongs to the process only.
 
     Args:
         folder: the folder to lock; the lock is its file .lock, which names the holder

@@ -30,7 +30,7 @@ class ProgressLine(ProgressBar):
 
     Shows loss, accuracy, images/s, time left and memory in GB. Logs `train/images_per_s` of each
     epoch, and `train/memory_gb`, the peak memory. Lightning's RichProgressBar starts a bar for each
-    epoch, shows no time left for the run, and in a log file prints no lines.
+    epoch, shows the time left of that epoch only, and is made for terminals.
     """
 
     def __init__(self) -> None:
