@@ -1,6 +1,6 @@
 """Commands in separate processes, forked from one that has imported everything.
 
-A command so takes 1 second instead of 10.
+A command then takes 1 second instead of 10.
 `python -m tests.processes kill SEED KILLS ARGUMENTS` kills a run KILLS times and lets it finish,
 `python -m tests.processes ranks N ARGUMENTS` is a small torchrun.
 """

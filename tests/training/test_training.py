@@ -237,7 +237,7 @@ def refused(config: str, tmp_path: Path, *args: object, kind: type[Exception] = 
         (("--model.label_smoothing", 1), "label_smoothing < 1"),
         (("--model.loss", "binary", "--model.label_smoothing", 0.1), "label_smoothing must be 0"),
         (("--ema.decay", 1), "ema.decay must be at least 0"),
-        (("--data.batch_size", 0), "batch_size >= 1"),
+        (("--data.batch_size", 0), "batch_size must be at least 1"),
         (("--data.batch_size", 5000), "batch_size 5000 exceeds the 1287 training images"),
         (("--model.weights", "nowhere.ckpt"), "no file nowhere.ckpt"),
     ],
