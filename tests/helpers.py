@@ -204,14 +204,14 @@ def assert_equal(first, second, path: str) -> None:
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "position": "sincos + axial(base=100)"}
 
 
-def shaken(model):
+def perturbed(model):
     """The model with noise added to its weights, so that none is zero; in eval mode."""
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape)
     return model.eval().requires_grad_(False)
 
 
-def transformer(size=8, classes=0, **options):
+def dit_denoiser(size=8, classes=0, **options):
     """A tiny RopeDiT as a Denoiser of (B, 1, size, size), conditional if there are classes."""
     from vit_rope.models.dit import RopeDiT
     from vit_rope.sampling import Denoiser
@@ -220,10 +220,10 @@ def transformer(size=8, classes=0, **options):
     torch.manual_seed(0)
     labels = classes + 1 if classes else None
     model = RopeDiT(sample_size=size, in_channels=1, num_class_embeds=labels, **TINY | options)
-    return Denoiser(shaken(model), make_noise(1000, "squaredcos_cap_v2", "v_prediction"), classes, classes or None)
+    return Denoiser(perturbed(model), make_noise(1000, "squaredcos_cap_v2", "v_prediction"), classes, classes or None)
 
 
-def convolutions(size=16, channels=3):
+def unet_denoiser(size=16, channels=3):
     """A tiny RopeUNet2DModel as a Denoiser of (B, channels, size, size)."""
     from vit_rope.sampling import Denoiser
     from vit_rope.training.diffusion import make_noise
@@ -235,4 +235,4 @@ def convolutions(size=16, channels=3):
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=4, attention_head_dim=8, position="axial",
     )  # fmt: skip
-    return Denoiser(shaken(model), make_noise(1000, "squaredcos_cap_v2", "epsilon"))
+    return Denoiser(perturbed(model), make_noise(1000, "squaredcos_cap_v2", "epsilon"))

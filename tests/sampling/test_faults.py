@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from safetensors import SafetensorError
 
-from tests.helpers import TINY, convolutions, transformer
+from tests.helpers import TINY, dit_denoiser, unet_denoiser
 from vit_rope import sampling
 from vit_rope.cli import quality
 from vit_rope.cli import sample as cli_sample
@@ -22,7 +22,7 @@ from vit_rope.training.diffusion import Diffusion
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
-    sampling.save(transformer(classes=2), folder)
+    sampling.save(dit_denoiser(classes=2), folder)
     return folder
 
 
@@ -33,7 +33,7 @@ def copy(pipeline, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    trained = transformer(classes=2)
+    trained = dit_denoiser(classes=2)
     return {
         "state_dict": {f"model.{key}": value for key, value in trained.unet.state_dict().items()},
         "denoiser": sampling.describe(trained),
@@ -129,14 +129,14 @@ def test_wishes_that_cannot_be(pipeline, tmp_path, monkeypatch, options, message
 
 
 def test_models_that_make_no_pictures(tmp_path):
-    four = convolutions(channels=4)
+    four = unet_denoiser(channels=4)
     sampling.save(four, tmp_path / "four")
     assert "images of 4 channels; a picture has 1 or 3" in refused(tmp_path / "four", "--out", tmp_path / "a.png")
     assert sample(four, 1, 1).shape == (1, 4, 16, 16)
-    wide = transformer(out_channels=2)
+    wide = dit_denoiser(out_channels=2)
     with pytest.raises(ValueError, match="makes 2 channels of 1; sample wants as many as it sees"):
         sample(wide, 1, 1)
-    wide = transformer()
+    wide = dit_denoiser()
     wide.noise.alphas_cumprod[-1] = 0.0
     with pytest.raises(ValueError, match=re.escape("dpm++1s divides by what the last noise level leaves")):
         sample(wide, 1, 2, "dpm++1s")
