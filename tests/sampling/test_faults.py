@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from safetensors import SafetensorError
 
-from tests.helpers import TINY, convolutions, transformer
+from tests.helpers import TINY, unet_denoiser, dit_denoiser
 from vit_rope import sampling
 from vit_rope.cli import quality
 from vit_rope.cli import sample as cli_sample
@@ -22,7 +22,7 @@ from vit_rope.training.diffusion import Diffusion
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
-    sampling.save(transformer(classes=2), folder)
+    sampling.save(dit_denoiser(classes=2), folder)
     return folder
 
 
@@ -33,7 +33,7 @@ def copy(pipeline, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    denoiser = transformer(classes=2)
+    denoiser = dit_denoiser(classes=2)
     return {
         "state_dict": {f"model.{key}": value for key, value in denoiser.model.state_dict().items()},
         "denoiser": sampling.describe(denoiser),
@@ -141,14 +141,14 @@ def test_impossible_options(pipeline, tmp_path, monkeypatch, options, message):
 
 
 def test_models_whose_images_cannot_be_written(tmp_path):
-    four = convolutions(channels=4)
+    four = unet_denoiser(channels=4)
     sampling.save(four, tmp_path / "four")
     assert "images of 4 channels; a picture has 1 or 3" in refused(tmp_path / "four", "--out", tmp_path / "a.png")
     assert sample(four, 1, 1).shape == (1, 4, 16, 16)
-    wide = transformer(out_channels=2)
+    wide = dit_denoiser(out_channels=2)
     with pytest.raises(ValueError, match="predicts 2 channels from 1; sampling needs equal numbers"):
         sample(wide, 1, 1)
-    wide = transformer()
+    wide = dit_denoiser()
     wide.noise.alphas_cumprod[-1] = 0.0
     with pytest.raises(ValueError, match=re.escape("dpm++1s divides by the signal of the last noise level")):
         sample(wide, 1, 2, "dpm++1s")

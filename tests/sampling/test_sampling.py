@@ -18,7 +18,7 @@ import yaml
 from PIL import Image, ImageSequence
 from torch import nn
 
-from tests.helpers import ROOT, TINY, convolutions, shaken, transformer
+from tests.helpers import ROOT, TINY, unet_denoiser, perturbed, dit_denoiser
 from vit_rope import sampling
 from vit_rope.__main__ import main
 from vit_rope.cli import study
@@ -139,7 +139,7 @@ def test_losses_are_the_squared_error_by_noise_level(monkeypatch, size):
 
 def test_validation_noise_is_the_same_each_time_and_does_not_affect_training(monkeypatch):
     module = Diffusion("RopeDiT", TINY, num_classes=10, in_chans=1, img_size=8).eval()
-    shaken(module.model)
+    perturbed(module.model)
     found = []
     monkeypatch.setattr(module, "log", lambda name, value, **_: found.append(value.item()))
     strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
@@ -176,7 +176,7 @@ def test_positions_and_labels_do_not_decay():
     names = module.no_weight_decay()
     assert names == {f"model.{name}" for name in module.model.no_weight_decay()}
     assert len(names) == 3
-    unet = convolutions().model
+    unet = unet_denoiser().model
     module.model = RopeUNet2DModel.from_config({**unet.config, "position": "mixed + learned"})
     assert len(module.no_weight_decay()) == 2 * 4  # a table and directions in each of four attentions
 
@@ -232,7 +232,7 @@ def test_every_scheduler_draws_what_an_exact_denoiser_knows(name, schedule):
 
 
 def test_ddpm_is_what_the_pipeline_of_diffusers_draws(tmp_path):
-    denoiser = convolutions()
+    denoiser = unet_denoiser()
     sampling.save(denoiser, tmp_path / "pipeline")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
@@ -245,7 +245,7 @@ def test_ddpm_is_what_the_pipeline_of_diffusers_draws(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++sde", "euler-a"])
-@pytest.mark.parametrize("make", [transformer, convolutions])
+@pytest.mark.parametrize("make", [dit_denoiser, unet_denoiser])
 def test_an_image_does_not_depend_on_how_many_are_drawn(make, name):
     denoiser = make(size=(20, 24))  # tiles of eight
     assert sampling.tile_size((20, 24), torch.device("cpu")) == 8
@@ -261,7 +261,7 @@ def test_an_image_does_not_depend_on_how_many_are_drawn(make, name):
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_interpolation_between_seeds(name):
-    denoiser = transformer(size=32)
+    denoiser = dit_denoiser(size=32)
     images = sample(denoiser, 6, 4, name, seed=3, end_seed=8)
     assert torch.equal(images[0], sample(denoiser, 1, 4, name, seed=3)[0])
     if name == "ddim":  # it adds no noise at its steps; ddpm adds that of the first seed
@@ -277,7 +277,7 @@ def test_interpolation_between_seeds(name):
 
 
 def test_guidance_and_labels():
-    denoiser = transformer(classes=3)
+    denoiser = dit_denoiser(classes=3)
     of_one = sample(denoiser, 4, 3, labels=[1])
     in_turn = sample(denoiser, 4, 3, labels=[0, 1])
     assert torch.equal(in_turn[1::2], of_one[1::2])
@@ -291,14 +291,14 @@ def test_guidance_and_labels():
 
 @pytest.mark.parametrize(("size", "shape"), [((4, 12), (4, 12)), (None, (8, 8)), ([16, 8], (16, 8))])
 def test_sizes_other_than_that_of_training(size, shape):
-    assert sample(transformer(), 2, 2, size=size).shape == (2, 1, *shape)
+    assert sample(dit_denoiser(), 2, 2, size=size).shape == (2, 1, *shape)
     if size != (4, 12):
-        assert sample(convolutions(size=8), 2, 2, size=size).shape == (2, 3, *shape)
+        assert sample(unet_denoiser(size=8), 2, 2, size=size).shape == (2, 3, *shape)
 
 
 def test_callback():
     seen = []
-    images = sample(transformer(), 70, 4, callback=lambda fraction, x: seen.append((fraction, x.clone())))
+    images = sample(dit_denoiser(), 70, 4, callback=lambda fraction, x: seen.append((fraction, x.clone())))
     assert [fraction for fraction, _ in seen] == [i / 8 for i in (0, 1, 2, 3, 4, 4, 5, 6, 7, 8)]
     assert torch.equal(torch.cat((seen[4][1], seen[9][1])), images)
 
@@ -321,7 +321,7 @@ def test_callback():
     ],
 )
 def test_impossible_requests_are_refused_before_any_work(options, match):
-    denoiser = transformer(classes=3)
+    denoiser = dit_denoiser(classes=3)
     denoiser.model.forward = None
     with pytest.raises(ValueError, match=match) as caught:
         sample(denoiser, **options)
@@ -330,8 +330,8 @@ def test_impossible_requests_are_refused_before_any_work(options, match):
 
 def test_unknown_labels():
     with pytest.raises(ValueError, match="trained without labels, so it cannot draw label 3; leave it out"):
-        sample(transformer(), labels=[3])
-    always = transformer(classes=3)._replace(null_label=None)
+        sample(dit_denoiser(), labels=[3])
+    always = dit_denoiser(classes=3)._replace(null_label=None)
     with pytest.raises(ValueError, match="never trained without a label; give one"):
         sample(always)
     with pytest.raises(ValueError, match="guidance 2 has no effect: the model was never trained without a label"):
@@ -371,7 +371,7 @@ def test_transformer(spec, tmp_path):
 
 
 def test_parameters_missing_in_a_folder_are_initialised(tmp_path):
-    transformer(position="axial").model.save_pretrained(tmp_path)
+    dit_denoiser(position="axial").model.save_pretrained(tmp_path)
     model = RopeDiT.from_pretrained(tmp_path, position="learned")
     assert 0.01 < model.position.table.std() < 0.03
     assert model.config.position == "learned"
@@ -380,7 +380,7 @@ def test_parameters_missing_in_a_folder_are_initialised(tmp_path):
 def test_transformer_locates_patches_only_by_positions():
     x = torch.randn(1, 1, 8, 8)
     for spec, moved in (("none", True), ("axial", False)):
-        model = transformer(position=spec, patch_size=2).model
+        model = dit_denoiser(position=spec, patch_size=2).model
         rolled = model(x.roll(2, dims=3), 5).sample.roll(-2, dims=3)
         assert torch.allclose(rolled, model(x, 5).sample, atol=1e-5) == moved
 
@@ -391,9 +391,9 @@ def test_transformer_refuses():
     with pytest.raises(ValueError, match="did you mean axial"):
         RopeDiT(position="axail")
     with pytest.raises(ValueError, match="class_labels must not be given to this model"):
-        transformer().model(torch.randn(1, 1, 8, 8), 0, torch.tensor([0]))
+        dit_denoiser().model(torch.randn(1, 1, 8, 8), 0, torch.tensor([0]))
     with pytest.raises(ValueError, match="class_labels must be given to this model"):
-        transformer(classes=2).model(torch.randn(1, 1, 8, 8), 0)
+        dit_denoiser(classes=2).model(torch.randn(1, 1, 8, 8), 0)
 
 
 # Training from the command line
@@ -626,7 +626,7 @@ def test_grids_animations_and_single_files(fitted, tmp_path):
 
 
 def test_three_channels_are_rgb(tmp_path):
-    sampling.save(convolutions(), tmp_path / "pipeline")
+    sampling.save(unet_denoiser(), tmp_path / "pipeline")
     run("sample", tmp_path / "pipeline", "--n", 3, "--steps", 2, "--out", tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert (image.mode, image.size) == ("RGB", (2 + 2 * 66, 2 + 2 * 66))
@@ -657,7 +657,7 @@ def test_larger_sizes_with_scaled_positions(fitted, tmp_path, scaling, spec):
 
 
 def test_learned_frequencies_are_scaled_as_they_were_trained(tmp_path):
-    denoiser = transformer(position="mixed")
+    denoiser = dit_denoiser(position="mixed")
     sampling.save(denoiser, tmp_path)
     scaled = load(tmp_path, scaling="interpolate", size=(16, 16)).model
     assert torch.equal(scaled.position.freqs, denoiser.model.position.freqs)
@@ -680,7 +680,7 @@ def test_learned_frequencies_are_scaled_as_they_were_trained(tmp_path):
     ],
 )
 def test_nothing_to_scale(tmp_path, scaling, size, match):
-    sampling.save(transformer(), tmp_path)
+    sampling.save(dit_denoiser(), tmp_path)
     with pytest.raises(ValueError, match=match):
         load(tmp_path, scaling=scaling, size=size)
 
