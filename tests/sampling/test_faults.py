@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from safetensors import SafetensorError
 
-from tests.helpers import TINY, unet_denoiser, dit_denoiser
+from tests.helpers import TINY, dit_denoiser, unet_denoiser
 from vit_rope import sampling
 from vit_rope.cli import quality
 from vit_rope.cli import sample as cli_sample
@@ -201,7 +201,7 @@ def test_a_failed_export_keeps_the_previous_one(tmp_path, monkeypatch):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(sampling, "save", full)
-    with pytest.raises(OSError, match=r"^could not write .*exported: .*No space left .*; the one from before is as it"):
+    with pytest.raises(OSError, match=r"^could not write .*exported: .*No space left .*; the previous version is unchanged"):
         module.export(folder, state, {})
     assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")} == before
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image, ImageSequence
 from torch import nn
 
-from tests.helpers import ROOT, TINY, unet_denoiser, perturbed, dit_denoiser
+from tests.helpers import ROOT, TINY, dit_denoiser, perturbed, unet_denoiser
 from vit_rope import sampling
 from vit_rope.__main__ import main
 from vit_rope.cli import study
