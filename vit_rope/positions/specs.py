@@ -46,6 +46,23 @@ def schemes() -> list[str]:
     return sorted(_SCHEMES)
 
 
+def factory(name: str) -> Factory:
+    """The class or function registered under a name. Raises ValueError for an unknown name."""
+    if name not in _SCHEMES:
+        near = difflib.get_close_matches(name, _SCHEMES, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"no position scheme is called {name!r}; {hint}There are: {', '.join(schemes())}")
+    return _SCHEMES[name]
+
+
+def signature(name: str) -> inspect.Signature:
+    """The parameters of a registered scheme: its layout, the schemes it modifies, its options.
+
+    Raises ValueError for an unknown name.
+    """
+    return inspect.signature(factory(name))
+
+
 def build(spec: str, layout: Layout) -> Position:
     """The scheme that `spec` names, e.g. "mixed(base=10) + learned", for a model of this layout.
 
@@ -116,24 +133,20 @@ def _options(name: str, keywords: list[ast.keyword]) -> dict[str, Any]:
 
 
 def _call(name: str, layout: Layout, parts: list[Position], options: dict[str, Any]) -> Position:
-    if name not in _SCHEMES:
-        near = difflib.get_close_matches(name, _SCHEMES, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"no position scheme is called {name!r}; {hint}There are: {', '.join(schemes())}")
-    factory = _SCHEMES[name]
-    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    make = factory(name)
+    parameters = list(signature(name).parameters.values())[1:]
     wanted = [p.name for p in parameters if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
     if len(parts) != len(wanted):
         kind = f"modifies {len(wanted)} scheme(s) ({', '.join(wanted)})" if wanted else "modifies no other scheme"
         raise ValueError(f"{name} {kind}, got {len(parts)}; options are written name=value")
-    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    hints = typing.get_type_hints(make.__init__ if inspect.isclass(make) else make)
     allowed = {p.name: hints.get(p.name, Any) for p in parameters if p.name not in wanted}
     for option, value in options.items():
         if option not in allowed:
             raise ValueError(f"{name} has no option {option!r}; it takes {', '.join(allowed) or 'none'}")
         if not _accepts(allowed[option], value):
             raise ValueError(f"{name}({option}=…) takes {_describe(allowed[option])}, got {value!r}")
-    return factory(layout, *parts, **options)
+    return make(layout, *parts, **options)
 
 
 def _accepts(hint: Any, value: Any) -> bool:
