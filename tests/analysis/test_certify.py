@@ -104,7 +104,7 @@ def test_invalid_arguments():
         assert_reversible(Rotary(torch.ones(1, 1, 2, 4)), (3, 3))
 
 
-# ---- published bugs -------------------------------------------------------------------------------------------------
+# ---- published bugs ------------------------------------------------------------------------------
 
 
 class TiledPairs(Position):
@@ -131,7 +131,7 @@ def test_the_pairs_of_v_jepa_2_are_not_relative():
 
 
 class IndependentGenerators(Position):
-    """LieRE's rotation: exp(y A + x B) of random skew-symmetric 8 x 8 blocks that do not commute."""
+    """LieRE's rotation: exp(y A + x B) of random skew-symmetric blocks that do not commute."""
 
     def __init__(self):
         super().__init__()

@@ -296,6 +296,8 @@ def test_plot_kernel(tmp_path, capsys):
         main(["plot", "kernel", "none", "--out", str(tmp_path / "none.png")])
     assert "a kernel needs a rotary scheme" in capsys.readouterr().err
     assert not (tmp_path / "none.png").exists()
+    with pytest.raises(ValueError, match="plot_kernel needs at least one position spec, got none"):
+        pytest.importorskip("vit_rope.plots").plot_kernel([], str(tmp_path / "none.png"))
 
 
 def rows_of(table):

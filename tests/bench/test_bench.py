@@ -11,7 +11,7 @@ from vit_rope.__main__ import main
 from vit_rope.bench import measure, report
 from vit_rope.bench.block import peak_memory
 from vit_rope.cli import bench
-from vit_rope.plots import slope
+from vit_rope.plots import plot_ratios, slope
 
 
 class Clock:
@@ -176,6 +176,17 @@ def test_peak_memory_counts_what_is_allocated_at_once():
 
 def test_the_slope_of_a_power_is_its_exponent():
     assert slope([1, 2, 4, 8], [5.0, 20.0, 80.0, 320.0]) == pytest.approx(2)
+
+
+def test_curves_of_a_plot_differ_in_more_than_colour(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda axes, x, y, **style: drawn.append(style))
+    results = [
+        measure.Ratio(group, str(n), 1.0, 1.0, 1.0, 2, 1.0) for n in range(12) for group in map(str, range(12, 24))
+    ]
+    plot_ratios(results, tmp_path / "ratios.png")
+    assert len({(style["color"], style["marker"]) for style in drawn}) == 12
+    assert len({style["marker"] for style in drawn}) > 10
 
 
 def test_invalid_arguments(capsys):

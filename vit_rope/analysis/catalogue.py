@@ -31,7 +31,7 @@ def example_spec(name: str, layout: Layout) -> str:
 
     Returns an empty string if the layout supports neither.
     """
-    parameters = list(signature(name).parameters.values())[1:]
+    parameters = signature(name).parameters.values()
     modified = sum(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in parameters)
     for inner in ("axial", "learned"):
         spec = f"{name}({', '.join([inner] * modified)})" if modified else name
