@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from vit_rope.__main__ import main
 from vit_rope.bench import measure, report
@@ -179,8 +180,8 @@ def test_the_slope_of_a_power_is_its_exponent():
 
 
 def test_curves_of_a_plot_differ_in_more_than_colour(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda axes, x, y, **style: drawn.append(style))
+    drawn, errorbar = [], Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda *data, **style: drawn.append(style) or errorbar(*data, **style))
     results = [
         measure.Ratio(group, str(n), 1.0, 1.0, 1.0, 2, 1.0) for n in range(12) for group in map(str, range(12, 24))
     ]
