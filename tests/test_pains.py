@@ -22,7 +22,6 @@ from tests.helpers import images, randomised
 from vit_rope.ops.rotate import rotate
 from vit_rope.positions import Layout, build
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import tables
 
 NAME = "vit_rope_test_patch16_64"
 LAYOUT = Layout(16, 2, (2, 3))
@@ -34,35 +33,35 @@ def model(position="axial", **options):
     return randomised(timm.create_model(NAME, position=position, num_classes=5, dynamic_img_size=True, **options))
 
 
-def turn_of(net, shape=(4, 4)):
-    return tables(net.position(grid(shape), grid=list(shape)).q)[0].detach()
+def rotation_table(net, shape=(4, 4)):
+    return net.position(grid(shape), grid=list(shape)).q.tables()[0].detach()
 
 
 @pytest.mark.parametrize("spec", ROTARY)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_pain_01_half_precision_tables(spec, dtype):  # gpt-neox #1003
     net = model(spec)
-    assert torch.equal(turn_of(copy.deepcopy(net).to(dtype), (128, 16)), turn_of(net, (128, 16)))
+    assert torch.equal(rotation_table(copy.deepcopy(net).to(dtype), (128, 16)), rotation_table(net, (128, 16)))
 
 
 @pytest.mark.parametrize("spec", ROTARY)
 def test_pain_02_a_round_trip_through_bfloat16_rounds_no_frequency(spec):  # transformers #25681, Megatron-LM #744
     net = model(spec)
-    assert torch.equal(turn_of(copy.deepcopy(net).bfloat16().float()), turn_of(net))
+    assert torch.equal(rotation_table(copy.deepcopy(net).bfloat16().float()), rotation_table(net))
 
 
 def test_pain_03_far_positions_in_bfloat16():  # x-transformers #210
-    q, at = torch.randn(1, 1, 1, 32), torch.tensor([[2048.0, 1023.0]])
-    turn = tables(build("axial", Layout(64, 2, (4, 4)))(at).q)[0]
-    want = rotate(q.bfloat16().float(), turn)
-    torch.testing.assert_close(rotate(q.bfloat16(), turn).float(), want, rtol=2**-8, atol=1e-6)
+    q, coords = torch.randn(1, 1, 1, 32), torch.tensor([[2048.0, 1023.0]])
+    table = build("axial", Layout(64, 2, (4, 4)))(coords).q.tables()[0]
+    want = rotate(q.bfloat16().float(), table)
+    torch.testing.assert_close(rotate(q.bfloat16(), table).float(), want, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", ROTARY)
 def test_pain_04_autocast_does_not_round_angles(spec):  # transformers #29285, diffusers #13920
     net = model(spec)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(turn_of(net), turn_of(net.float()))
+        assert torch.equal(rotation_table(net), rotation_table(net.float()))
 
 
 def test_pain_05_coordinates_in_half_precision_raise_an_error():  # diffusers Flux
@@ -80,9 +79,9 @@ def test_pain_06_output_dtype_is_input_dtype(dtype):  # xformers #325, transform
 @pytest.mark.parametrize(("dtype", "ulp"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
 def test_pain_07_inductor_matches_eager(dtype, ulp):  # torchtitan PR #2575
     x = torch.randn(2, 2, 6, 16, dtype=dtype)
-    turn = tables(build("axial", Layout(32, 2, (2, 3)))(100 * grid((2, 3))).q)[0]
+    table = build("axial", Layout(32, 2, (2, 3)))(100 * grid((2, 3))).q.tables()[0]
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(rotate)(x, turn), rotate(x, turn), rtol=ulp, atol=1e-5)
+    torch.testing.assert_close(torch.compile(rotate)(x, table), rotate(x, table), rtol=ulp, atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", ROTARY)
@@ -124,24 +123,24 @@ def test_pain_12_images_that_are_not_square(shape):  # EVA #93, dinov2 #506
 @pytest.mark.parametrize("spec", ["axial", "xy(axial)"])
 def test_pain_13_golden_values_of_a_grid_that_is_not_square(spec):  # timm PR #2541
     scheme = build(spec.replace("axial", "axial(base=10)"), LAYOUT)
-    turn = tables(scheme(grid((2, 3))).q)[0][0, :, 0]
+    table = scheme(grid((2, 3))).q.tables()[0][0, :, 0]
     for token, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]):
         first, last = (row, column) if spec == "axial" else (column, row)
         angles = torch.tensor([first * 1.0, first * 10**-0.5, last * 1.0, last * 10**-0.5])
-        torch.testing.assert_close(turn[token, :, 0], angles.cos())
-        torch.testing.assert_close(turn[token, :, 1], angles.sin())
+        torch.testing.assert_close(table[token, :, 0], angles.cos())
+        torch.testing.assert_close(table[token, :, 1], angles.sin())
 
 
 @pytest.mark.parametrize("pairs", ["half", "axis"])
 def test_pain_14_pairs_in_the_order_of_other_weights(pairs):  # timm PR #2692, transformers #25199
     layout, coords = Layout(32, 2, (3, 4)), grid((3, 4))
-    inter, other = build("axial", layout), build(f'axial(pairs="{pairs}")', layout)
+    interleaved, other = build("axial", layout), build(f'axial(pairs="{pairs}")', layout)
     order = torch.arange(16).view(*((2, 8) if pairs == "half" else (2, 2, 4))).transpose(-1, -2).flatten()
     q, k = torch.randn(2, 1, 2, 12, 16)
     scores = []
-    for scheme, (a, b) in ((other, (q, k)), (inter, (q[..., order], k[..., order]))):
+    for scheme, (a, b) in ((other, (q, k)), (interleaved, (q[..., order], k[..., order]))):
         encoding = scheme(coords)
-        a, b = (rotate(t, tables(encoding.q)[0], encoding.stride) for t in (a, b))
+        a, b = (rotate(t, encoding.q.tables()[0], encoding.stride) for t in (a, b))
         scores.append(a @ b.transpose(-1, -2))
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-5)
 
@@ -154,10 +153,10 @@ def test_pain_15_patch_dropout():  # timm #2549
 
 
 def test_pain_16_a_subset_of_tokens():  # stable-pretraining PR #393
-    position, places = build("mixed", Layout(64, 2, (4, 4))), grid((4, 4))
-    some = torch.tensor([[3, 7, 1], [15, 0, 8]])
-    whole, part = (tables(position(at).q)[0] for at in (places, places[some]))
-    torch.testing.assert_close(part, torch.stack([whole[0][rows] for rows in some]))
+    position, coords = build("mixed", Layout(64, 2, (4, 4))), grid((4, 4))
+    kept = torch.tensor([[3, 7, 1], [15, 0, 8]])
+    full, subset = (position(each).q.tables()[0] for each in (coords, coords[kept]))
+    torch.testing.assert_close(subset, torch.stack([full[0][rows] for rows in kept]))
 
 
 @pytest.mark.parametrize("registers", [0, 4])
@@ -168,7 +167,7 @@ def test_pain_17_class_and_register_tokens_stay_unrotated(registers):  # x-trans
     net.blocks[0].attn.register_forward_pre_hook(lambda _, args: kept.update(encoding=args[1]))
     net(images((64, 64)))
     assert kept["encoding"].prefix[0] == 1 + registers
-    assert tables(kept["encoding"].q)[0].shape[1] == 16
+    assert kept["encoding"].q.tables()[0].shape[1] == 16
 
 
 def test_pain_18_learned_frequencies_three_steps():  # rotary-embedding-torch #18
@@ -225,10 +224,10 @@ def test_pain_23_results_never_depend_on_earlier_calls():  # rotary-embedding-to
 @pytest.mark.parametrize("spec", ROTARY)
 def test_pain_24_autocast_of_the_current_device(spec):  # rotary-embedding-torch #46
     scheme = build(spec, Layout(64, 2, (4, 4)))
-    places = grid((4, 4)) + 500
-    want = tables(scheme(places).q)[0].detach()
+    coords = grid((4, 4)) + 500
+    want = scheme(coords).q.tables()[0].detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(tables(scheme(places).q)[0].detach(), want)
+        assert torch.equal(scheme(coords).q.tables()[0].detach(), want)
 
 
 def test_pain_25_six_sizes_in_two_graphs():  # pytorch #150702, quack #150
@@ -284,7 +283,7 @@ def test_pain_30_31_one_table_per_forward_pass(depth):  # rope-vit #8, torchtune
     net.position.register_forward_hook(lambda module, arguments, encoding: encodings.append(encoding))
     with torch.no_grad():
         net(images((64, 64)))
-    (table,) = encodings[0].q.turn
+    (table,) = encodings[0].q.rotation
     assert len(encodings) == 1
     assert table.shape == (1, 16, 1, 16, 2)  # for all samples, heads and layers
 
@@ -294,21 +293,24 @@ def test_pain_32_any_number_of_axes_any_split(axes, share):  # rope-vit #12, Cog
     layout = Layout(128, 2, (2,) * axes)
     scheme = build(f"axial(share={share})", layout)
     q, k = torch.randn(2, 1, 1, 1, 64, dtype=torch.float64)
-    here, there, shift = torch.randn(3, 1, axes, dtype=torch.float64)
+    query_coords, key_coords, shift = torch.randn(3, 1, axes, dtype=torch.float64)
+
+    def rotated(x, coords):
+        return rotate(x, scheme(coords).q.tables()[0])
+
     scores = [
-        float(rotate(q, tables(scheme(here + s).q)[0]).flatten() @ rotate(k, tables(scheme(there + s).q)[0]).flatten())
-        for s in (0 * shift, shift)
+        float(rotated(q, query_coords + s).flatten() @ rotated(k, key_coords + s).flatten()) for s in (0 * shift, shift)
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
-    assert torch.equal(rotate(q, tables(scheme(here).q)[0])[..., sum(share) :], q[..., sum(share) :])
+    assert torch.equal(rotated(q, query_coords)[..., sum(share) :], q[..., sum(share) :])
 
 
 def test_pain_33_a_partial_rotation_against_the_matrix_exponential():  # rotary-embedding-torch #4, LTX-Video #224
     layout, coords = Layout(40, 2, (3, 4)), grid((3, 4)).double()
     x = torch.randn(12, 20, dtype=torch.float64)
     want = oracles.rotate(x, coords, oracles.axial_frequencies((4, 8), 100.0, 2), False)
-    turn = tables(build("axial(share=(4, 8))", layout)(coords).q)[0]
-    torch.testing.assert_close(rotate(x[None, None], turn)[0, 0], want, rtol=0, atol=2e-6)
+    table = build("axial(share=(4, 8))", layout)(coords).q.tables()[0]
+    torch.testing.assert_close(rotate(x[None, None], table)[0, 0], want, rtol=0, atol=2e-6)
 
 
 def test_pain_34_frequencies_of_each_head():  # flash-attention #578, rope-vit #11
@@ -322,10 +324,10 @@ def test_pain_35_a_larger_grid_after_loading(tmp_path):  # RandAR #2, CineScale 
     net = model("mixed").eval()
     learned = net.position.freqs.clone()
     with torch.no_grad():
-        small = turn_of(net)
+        small = rotation_table(net)
         net.set_input_size((112, 64))  # 7 x 4 cells: from the first row to the last, twice as far
         net.set_position("interpolate(mixed, factor=(2, 1))")
-        large = turn_of(net, (7, 4))
+        large = rotation_table(net, (7, 4))
         want = net(images((112, 64)))
     torch.testing.assert_close(large.unflatten(1, (7, 4))[:, ::2].flatten(1, 2), small, rtol=0, atol=1e-6)
     assert torch.equal(net.position.freqs, learned)
@@ -404,6 +406,6 @@ def test_pain_41_any_size_at_any_time():  # owl-wms #50
 
 def test_every_test_says_where_its_problem_was_reported():
     text = Path(__file__).read_text()
-    found = re.findall(r"def test_pain_(\d\d)_\w+\([^)]*\):  # \w", text)
-    assert len(found) == len(re.findall(r"\ndef test_pain_", text)) > 35
-    assert found == sorted(found)
+    numbers = re.findall(r"def test_pain_(\d\d)_\w+\([^)]*\):  # \w", text)
+    assert len(numbers) == len(re.findall(r"\ndef test_pain_", text)) > 35
+    assert numbers == sorted(numbers)

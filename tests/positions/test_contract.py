@@ -49,8 +49,8 @@ def same(a: Encoding, b: Encoding) -> bool:
 
 def weights_of(q, k, encoding, layer=0):
     """Attention weights (B, H, N, M), computed as the output for one-hot values."""
-    terms = encoding.terms and [[term for term in terms if term.acts_on != "v"] for terms in encoding.terms]
-    encoding = encoding._replace(v=Transform(), out=Transform(), terms=terms)
+    terms = encoding.term_lists and [[term for term in terms if term.acts_on != "v"] for terms in encoding.term_lists]
+    encoding = encoding._replace(v=Transform(), out=Transform(), term_lists=terms)
     return attend(q, k, torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:2], -1, -1), encoding, layer)
 
 
@@ -60,11 +60,11 @@ def test_relative_schemes_ignore_shifts_and_others_do_not(spec, axes):
     x, weights = tokens(layout)
     coords = layout.coords().double()
     shift = torch.tensor([1.37, -1.21, 2.5], dtype=torch.float64)[:axes]
-    here, there = (run(position, layout, c, x, weights) for c in (coords, coords + shift))
+    original, shifted = (run(position, layout, c, x, weights) for c in (coords, coords + shift))
     if position.relative:
-        torch.testing.assert_close(here, there, rtol=0, atol=1e-6)
+        torch.testing.assert_close(original, shifted, rtol=0, atol=1e-6)
     else:
-        assert (here - there).abs().max() > 1e-4
+        assert (original - shifted).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
@@ -126,10 +126,10 @@ def test_prefix_tokens_have_no_position(spec, axes, prefix):
         among = padded[..., prefix:, prefix:] / padded[..., prefix:, prefix:].sum(dim=-1, keepdim=True)
         bare = weights_of(q[:, :, prefix:], k[:, :, prefix:], position(coords), layer)
         torch.testing.assert_close(among, bare, rtol=0, atol=1e-12)
-        elsewhere = weights_of(q, k, position(coords + 3.25, prefix=prefix), layer)
-        ours, theirs = (w[..., :prefix, :prefix] for w in (padded, elsewhere))
-        ours, theirs = (w / w.sum(dim=-1, keepdim=True) for w in (ours, theirs))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        shifted = weights_of(q, k, position(coords + 3.25, prefix=prefix), layer)
+        among_prefix, after_shift = (w[..., :prefix, :prefix] for w in (padded, shifted))
+        among_prefix, after_shift = (w / w.sum(dim=-1, keepdim=True) for w in (among_prefix, after_shift))
+        torch.testing.assert_close(among_prefix, after_shift, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)

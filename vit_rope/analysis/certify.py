@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..attention import attend
 from ..positions import Encoding, Layout, Position
-from ..positions.encoding import Transform
 
 MAX_TOKENS = 64  # how many tokens of a grid are compared at most
 
@@ -177,10 +176,8 @@ def _split_heads(x: Tensor, layout: Layout) -> Tensor:
 
 def _logits(q: Tensor, k: Tensor, encoding: Encoding, layer: int) -> Tensor:
     """Logits (H, N, M) up to a constant in each row: log of the outputs for one-hot values."""
-    terms = encoding.terms and [[term for term in terms if term.acts_on != "v"] for terms in encoding.terms]
-    encoding = encoding._replace(v=Transform(), out=Transform(), terms=terms)
     values = torch.eye(k.shape[2], dtype=k.dtype).expand(*k.shape[:2], -1, -1)
-    return attend(q, k, values, encoding, layer)[0].clamp(min=1e-200).log()
+    return attend(q, k, values, encoding.logits_only(), layer)[0].clamp(min=1e-200).log()
 
 
 def _relative_change(a: Tensor, b: Tensor) -> float:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..positions import Position, Rotary
-from ..positions.encoding import tables
 from ..positions.rotary.base import geometric
 
 
@@ -46,7 +45,7 @@ def decay_bound(position: Position, displacements: Tensor, layer: int = 0) -> Te
 def _phases(position: Position, displacements: Tensor, layer: int) -> Tensor:
     """Rotations (H, ..., R) over displacements (..., A), as complex numbers e^(iθ)."""
     coords = displacements.reshape(-1, displacements.shape[-1])
-    layers = tables(position(coords).q)
+    layers = position(coords).q.tables()
     if not layers:
         raise ValueError("a kernel needs a rotary scheme, such as axial or mixed; this one rotates nothing")
     phases = torch.view_as_complex(layers[layer % len(layers)][0].contiguous()).transpose(0, 1)  # (H, N, R)
@@ -188,14 +187,14 @@ def distinct_bias_rows(position: Position, grid: tuple[int, ...], layer: int = 0
     displacements = offsets(grid).float()
     encoding = position(torch.zeros(1, len(grid)), key_coords=displacements)
     parts = []
-    if encoding.bias:
-        parts.append(encoding.bias[layer % len(encoding.bias)][0, :, 0])
+    bias = encoding.bias(layer)
+    if bias is not None:
+        parts.append(bias[0, :, 0])
     if encoding.q.extra and encoding.k is not None and encoding.k.extra:
         q, k = (side.extra[layer % len(side.extra)][0] for side in (encoding.q, encoding.k) if side.extra)
         parts.append((q * k).sum(dim=-1))
-    if encoding.terms:
-        for table, index, _ in encoding.terms[layer % len(encoding.terms)]:  # index T means no row
-            parts.append(torch.nn.functional.pad(table, (0, 0, 0, 1))[:, index.flatten()].mT.flatten(0, 1))
+    for table, index, _ in encoding.terms(layer, "q", "k", "v"):  # index T means no row
+        parts.append(torch.nn.functional.pad(table, (0, 0, 0, 1))[:, index.flatten()].mT.flatten(0, 1))
     if not parts:
         raise ValueError("this scheme adds no bias and no relative term to logits")
     rows = torch.cat([part.detach().double() for part in parts]).t()

@@ -41,8 +41,8 @@ def installed() -> list[str]:
 def axial_table(side: int) -> Tensor:
     """The table of cosines and sines (N, D / 2, 2) of our scheme `axial`."""
     layout = Layout(HEAD_DIM, 1, (side, side), 1)
-    turn = build("axial", layout)(layout.coords(), grid=[side, side]).q.turn
-    return torch.cat(turn or [])[0, :, 0]
+    tables = build("axial", layout)(layout.coords(), grid=[side, side]).q.rotation
+    return torch.cat(tables or [])[0, :, 0]
 
 
 def _axial_angles(side: int) -> Tensor:

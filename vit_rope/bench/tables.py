@@ -9,7 +9,6 @@ from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingMixe
 from ..models.block import RopeBlock
 from ..positions import Layout, build
 from ..positions.coords import grid
-from ..positions.encoding import tables
 from .measure import Ratio, ratios
 
 WIDTH, HEADS, DEPTH, BATCH = 384, 6, 12, 8
@@ -45,7 +44,8 @@ def _make_tables(spec: str, layout: Layout) -> Callable[[], object]:
 
     def run() -> None:
         with torch.no_grad():
-            tables(position(grid(layout.grid), 1, grid=list(layout.grid)).q)  # of all layers, deferred ones too
+            encoding = position(grid(layout.grid), 1, grid=list(layout.grid))
+            encoding.q.tables()  # of all layers, deferred ones too
 
     return run
 
