@@ -234,7 +234,7 @@ def _draw_coherence(axes: Any, rows: list[dict[str, Any]], styles: dict[str, Any
 def _draw_scores(
     axes: Any, rows: list[dict[str, Any]], styles: dict[str, Any], key: str, real: str, label: str
 ) -> None:
-    """Bars of a score's mean for each position scheme, dots for its seeds, a line for real images."""
+    """Bars of the mean score of each scheme, dots for its seeds, a line for real images."""
     schemes = _group([row for row in rows if key in row], "position")
     for x, (position, of_position) in enumerate(schemes.items()):
         style = styles[position]

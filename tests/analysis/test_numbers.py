@@ -1,5 +1,6 @@
 """Properties of position schemes, the plot of the kernel, and the table of schemes."""
 
+import inspect
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from vit_rope.analysis.catalogue import CLAIMS, specs_for
 from vit_rope.cli.schemes import scheme_table
 from vit_rope.positions import Encoding, Layout, Position, Rotary, build, schemes
 from vit_rope.positions.encoding import RelativeTerm, Transform
+from vit_rope.positions.specs import factory
 
 
 @pytest.mark.parametrize(
@@ -316,9 +318,7 @@ def test_scheme_table_lists_every_scheme(capsys):
     assert rows_of(table)["none"] == ["yes", "-", "yes", "-", "yes"]
     assert rows_of(table)["liere"] == ["-", "yes", "yes", "yes", "yes"]
     flat = " ".join(table.split())
-    assert (
-        "Each axis turns channel pairs of its own: of two axes, half the head by the row, half by the column." in flat
-    )
+    assert inspect.cleandoc(factory("axial").__doc__).splitlines()[0] in flat
     assert "pairs='interleaved', fastest=1.0, learned=False)" in flat
 
 
