@@ -1,4 +1,4 @@
-"""Certificates, and published bugs that they would have caught, each wrong scheme written as it was."""
+"""Certificates, and published bugs that they detect, each reproduced as it was published."""
 
 import math
 import re
@@ -17,26 +17,26 @@ LAYOUT = Layout(width=48, heads=2, grid=(6, 7), depth=2)
 
 
 @pytest.mark.parametrize("spec", ["axial", "mixed", "string", "none", "simplex + goldengate", "valuerope"])
-def test_what_is_relative_is_certified(spec):
+def test_relative_schemes_pass(spec):
     assert assert_relative(build(spec, LAYOUT)) < 1e-9
 
 
 @pytest.mark.parametrize("spec", ["axial", "mixed", "learned", "pope", "quaternion", "sumcoords + learned"])
-def test_what_is_reversible_is_certified(spec):
+def test_reversible_schemes_pass(spec):
     assert assert_reversible(build(spec, LAYOUT), (6, 7)) > 1e-4
 
 
-def test_a_model_is_certified_by_its_scheme():
+def test_a_model_is_certified_through_its_position_scheme():
     model = RopeViT(64, 16, position="axial", embed_dim=48, depth=2, num_heads=2)
     assert assert_relative(model) < 1e-9
     assert assert_reversible(model, (4, 4)) > 1e-2
 
 
 @pytest.mark.parametrize("spec", ["quaternion", "spherical", "liere", "orthogonal", "learned", "valuerope(undo=False)"])
-def test_what_is_not_relative_is_refused(spec):
+def test_schemes_that_are_not_relative_fail(spec):
     position = build(spec, LAYOUT)
     with pytest.raises(
-        CertificateError, match=r"not relative: moving all tokens by \(.*\) changes logits or outputs by"
+        CertificateError, match=r"not relative: shifting all tokens by \(.*\) changes logits or outputs by"
     ):
         assert_relative(position)
     assert relativity_error(position) > 1e-2
@@ -45,38 +45,40 @@ def test_what_is_not_relative_is_refused(spec):
 @pytest.mark.parametrize(
     ("row", "column", "error"), [(math.pi / 6, math.pi / 6, 0.25), (0.3, -0.9, None), (1.2, 2, None)]
 )
-def test_the_quaternion_form_misses_by_a_product_of_sines(row, column, error):
-    """e^(-xi) e^(yj) has a component sin x sin y along k, which e^(yj - xi) has not: 1/4 at x = y = π/6."""
+def test_the_quaternion_form_differs_by_a_product_of_sines(row, column, error):
+    """e^(-xi) e^(yj) has a component sin x sin y along k, which e^(yj - xi) lacks: 1/4 at x = y =
+    π/6.
+    """
     generators = build("quaternion(base=1)", Layout(width=4, heads=1, grid=(2, 2))).generators(torch.zeros(1))
-    places = torch.tensor([[row, 0.0], [0.0, column], [-row, column]], dtype=torch.float64)
-    one, two, apart = exponential(generators, places)[0, 0, :, 0, 0]
-    missed = one.T @ two - apart
-    assert missed[3, 0].abs().item() == pytest.approx(abs(math.sin(row) * math.sin(column)), abs=1e-6)
-    if error is not None:  # the largest entry there
-        assert missed.abs().max().item() == pytest.approx(error, abs=1e-6)
-    torch.testing.assert_close(one.T @ one, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)
+    coords = torch.tensor([[row, 0.0], [0.0, column], [-row, column]], dtype=torch.float64)
+    first, second, difference = exponential(generators, coords)[0, 0, :, 0, 0]
+    deviation = first.T @ second - difference
+    assert deviation[3, 0].abs().item() == pytest.approx(abs(math.sin(row) * math.sin(column)), abs=1e-6)
+    if error is not None:  # this is the largest entry
+        assert deviation.abs().max().item() == pytest.approx(error, abs=1e-6)
+    torch.testing.assert_close(first.T @ first, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-def test_liere_misses_at_its_own_init():
+def test_liere_is_not_relative_at_initialization():
     torch.manual_seed(0)
     position = build("liere", Layout(width=64, heads=1, grid=(14, 14), depth=1))
     matrices = position(torch.tensor([[3.0, 0.0], [0.0, 5.0], [-3.0, 5.0]], dtype=torch.float64)).q.basis[0][0, :, 0]
-    assert 0.5 < (matrices[0] @ matrices[1].mT - matrices[2].mT).abs().max().item() < 1.5  # 0.86 was seen
+    assert 0.5 < (matrices[0] @ matrices[1].mT - matrices[2].mT).abs().max().item() < 1.5  # 0.86 when this was written
 
 
 @pytest.mark.parametrize("spec", ["none", "sumcoords"])
-def test_what_is_not_reversible_is_refused(spec):
+def test_schemes_that_are_not_reversible_fail(spec):
     with pytest.raises(
-        CertificateError, match=r"not reversible: places \(.*\) and \(.*\) look the same to every query"
+        CertificateError, match=r"not reversible: positions \(.*\) and \(.*\) look the same to every query"
     ):
         assert_reversible(build(spec, LAYOUT), (6, 7))
 
 
-def test_a_grid_can_be_too_large_for_a_scheme():
+def test_a_grid_longer_than_the_period_fails():
     period = Rotary(2 * math.pi / 8 * torch.eye(2)[None, None])
     layout = Layout(width=4, heads=1, grid=(8, 8))
     assert_reversible(period, (8, 8), layout)
-    with pytest.raises(CertificateError, match="frequencies must tell all axes apart and repeat on no grid point"):
+    with pytest.raises(CertificateError, match="must not repeat within the grid"):
         assert_reversible(period, (9, 9), layout)
 
 
@@ -93,18 +95,22 @@ def test_a_certificate_is_an_assertion_error():
     assert issubclass(CertificateError, AssertionError)
 
 
-def test_refusals():
+def test_invalid_arguments():
     with pytest.raises(TypeError, match=r"expected a position scheme, or a model with one as \.position, got Linear"):
         assert_relative(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=re.escape("which model is this Rotary for? give layout=Layout(width, heads,")):
+    with pytest.raises(
+        ValueError, match=re.escape("the layout of this Rotary is unknown; give layout=Layout(width, heads,")
+    ):
         assert_reversible(Rotary(torch.ones(1, 1, 2, 4)), (3, 3))
 
 
-# ---- published bugs -------------------------------------------------------------------------------------------------
+# ---- published bugs ------------------------------------------------------------------------------
 
 
 class TiledPairs(Position):
-    """V-JEPA 2's rotation: neighbours turn together, but angles are tiled, so that partners turn by different ones."""
+    """V-JEPA 2's rotation: pairs are neighbouring channels, but angles are tiled, so they differ in
+    a pair.
+    """
 
     def encode(self, coords, key_coords, grid):
         keys = coords if key_coords is None else key_coords
@@ -119,13 +125,13 @@ class TiledPairs(Position):
         return (torch.diag_embed(cos) + half * sin[:, None])[None, :, None]
 
 
-def test_the_wrong_pairing_of_v_jepa_2_is_not_relative():
-    with pytest.raises(CertificateError, match=r"not relative: .* turn both partners of a pair by one angle"):
+def test_the_pairs_of_v_jepa_2_are_not_relative():
+    with pytest.raises(CertificateError, match=r"not relative: .* rotate both channels of a pair by the same angle"):
         assert_relative(TiledPairs(), LAYOUT)
 
 
 class IndependentGenerators(Position):
-    """LieRE's rotation: exp(y A + x B) of random skew-symmetric 8 x 8 blocks that do not commute."""
+    """LieRE's rotation: exp(y A + x B) of random skew-symmetric blocks that do not commute."""
 
     def __init__(self):
         super().__init__()
@@ -150,22 +156,26 @@ def test_the_equal_frequencies_of_rose_are_not_reversible():
     equal = Rotary(geometric(12, 10000.0).expand(1, 1, 2, 12))  # (f, f): rank 1
     assert_relative(equal, LAYOUT)
     assert not equal.reversible
-    with pytest.raises(CertificateError, match=r"not reversible: places \((\d), (\d)\) and \((\d), (\d)\)") as caught:
+    with pytest.raises(
+        CertificateError, match=r"not reversible: positions \((\d), (\d)\) and \((\d), (\d)\)"
+    ) as caught:
         assert_reversible(equal, (6, 7), LAYOUT)
     a, b, c, d = (int(n) for n in re.findall(r"\d+", str(caught.value))[:4])
     assert a + b == c + d
 
 
 class RasterOrder(Position):
-    """NaFlex's table: filled in raster order up to the largest coordinate, whatever the coordinates of tokens are."""
+    """NaFlex's table: rows in raster order up to the largest coordinate, not by the coordinates of
+    tokens.
+    """
 
     def encode(self, coords, key_coords, grid):
         columns = int(coords[:, 1].max()) + 1
         number = torch.arange(len(coords))
-        places = torch.stack((number // columns, number % columns), dim=-1).to(coords.dtype)
-        return Encoding(rotation_of(build("axial", LAYOUT).frequencies(coords), places))
+        raster = torch.stack((number // columns, number % columns), dim=-1).to(coords.dtype)
+        return Encoding(rotation_of(build("axial", LAYOUT).frequencies(coords), raster))
 
 
-def test_a_table_in_raster_order_is_no_function_of_coordinates():
-    with pytest.raises(CertificateError, match="not a function of coordinates: tokens reordered together with theirs"):
+def test_a_table_in_raster_order_is_not_a_function_of_coordinates():
+    with pytest.raises(CertificateError, match="not a function of coordinates: reordering tokens together with their"):
         assert_relative(RasterOrder(), LAYOUT)

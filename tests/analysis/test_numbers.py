@@ -1,5 +1,6 @@
-"""What the kernel says, and the picture of it."""
+"""Properties of position schemes, the plot of the kernel, and the table of schemes."""
 
+import inspect
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from vit_rope.analysis.catalogue import CLAIMS, specs_for
 from vit_rope.cli.schemes import scheme_table
 from vit_rope.positions import Encoding, Layout, Position, Rotary, build, schemes
 from vit_rope.positions.encoding import RelativeTerm
+from vit_rope.positions.specs import factory
 from vit_rope.positions.transform import Transform
 
 
@@ -42,7 +44,7 @@ def test_axial_decay_depends_on_direction():
     assert across == pytest.approx(0.469, abs=1e-3)
 
 
-def test_kernels_of_heads_of_their_own():
+def test_kernels_of_separate_heads():
     position = build("mixed", Layout(width=64, heads=4, grid=(4, 4), depth=2))
     plane = torch.randn(3, 5, 2)
     assert kernel(position, plane, layer=1).shape == (4, 3, 5)
@@ -87,10 +89,10 @@ def test_mean_decay(base, near, far):
 def test_squared_distance_of_rotations_is_the_kernel():
     freqs = torch.randn(2, 5, dtype=torch.float64)
     position = Rotary(freqs[None, None])
-    here, there = torch.randn(2, 2, dtype=torch.float64)
-    one, two = (oracles.rotation_matrix(p, position.initial[0, 0]) for p in (here, there))
-    want = float((one - two).square().sum())
-    assert 20 * (1 - kernel(position, (here - there)[None]).item()) == pytest.approx(want, rel=1e-6)
+    coords = torch.randn(2, 2, dtype=torch.float64)
+    first, second = (oracles.rotation_matrix(p, position.initial[0, 0]) for p in coords)
+    want = float((first - second).square().sum())
+    assert 20 * (1 - kernel(position, coords[:1] - coords[1:]).item()) == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("displacement", [1.0, 7.0, 31.0])
@@ -104,31 +106,31 @@ def test_decay_bound_is_su_s_and_bounds_scores(displacement):
     assert bound == pytest.approx(want, rel=1e-5)
     q, k = torch.randn(2, 16, dtype=torch.complex128)
     content = torch.cat((q * k.conj(), torch.zeros(1)))
-    turn = torch.polar(torch.ones(16), 100 ** (-torch.arange(16.0) / 16) * displacement)
-    score = (content[:16] * turn).sum().abs().item()
+    rotation = torch.polar(torch.ones(16), 100 ** (-torch.arange(16.0) / 16) * displacement)
+    score = (content[:16] * rotation).sum().abs().item()
     assert score <= 16 * bound * content.diff().abs().max().item() * (1 + 1e-6)
 
 
-def test_the_sinusoid_of_base_one_never_decays():
-    found = analysis.decay(1, 16, span=63)
-    assert found.length == 2
-    assert found.ripple > 0.99
-    assert found.reach == pytest.approx(math.pi)
+def test_a_base_of_one_never_decays():
+    result = analysis.decay(1, 16, max_distance=63)
+    assert result.length == 2
+    assert result.ripple > 0.99
+    assert result.horizon == pytest.approx(math.pi)
 
 
 @pytest.mark.parametrize("base", [10, 100, 500, 1e4])
 def test_decay_in_three_numbers(base):
     curve = [sum(math.cos(base ** (-j / 16) * d) for j in range(16)) / 16 for d in range(64)]
-    found = analysis.decay(base, 16, span=63)
+    result = analysis.decay(base, 16, max_distance=63)
     length = next(d for d in range(64) if curve[d] < 0.5)
-    assert found.length == length
-    assert found.ripple == pytest.approx(max(curve[length:]))
-    assert found.reach == pytest.approx(math.pi * base ** (15 / 16))
-    assert analysis.decay(1e6, 16, span=10).length == math.inf
+    assert result.length == length
+    assert result.ripple == pytest.approx(max(curve[length:]))
+    assert result.horizon == pytest.approx(math.pi * base ** (15 / 16))
+    assert analysis.decay(1e6, 16, max_distance=10).length == math.inf
 
 
 @pytest.mark.parametrize(("grid", "head"), [((14, 14), 64), ((32, 32), 64), ((8, 24), 32)])
-def test_the_recommended_base_is_the_smallest_that_never_looks_opposite(grid, head):
+def test_the_recommended_base_is_the_smallest_without_negative_kernels(grid, head):
     base, pairs = analysis.recommended_base(grid, head), head // 4
 
     def lowest(value):
@@ -139,7 +141,7 @@ def test_the_recommended_base_is_the_smallest_that_never_looks_opposite(grid, he
     assert 10 < base < 150
 
 
-def test_rank_counts_the_axes_that_a_scheme_tells_apart():
+def test_rank_counts_the_axes_that_a_scheme_distinguishes():
     layout = Layout(width=64, heads=2, grid=(14, 14), depth=2)
     ranks = {spec: analysis.frequency_rank(build(spec, layout)) for spec in ("axial", "mixed", "sumcoords", "flat")}
     assert ranks == {"axial": 2, "mixed": 2, "sumcoords": 1, "flat": 1}
@@ -156,18 +158,18 @@ def test_aliases_of_a_flattened_image_are_the_wraps():
         assert len(analysis.aliases(build(spec, layout), (14, 14))) == 0
 
 
-def test_what_flattening_does_to_distances():
-    found = analysis.flattening((14, 14))
-    assert found.anisotropy == 14
-    assert found.wrap == pytest.approx(13.04, abs=5e-3)
-    assert found.correlation == pytest.approx(0.687, abs=5e-4)
+def test_flattening_distorts_distances():
+    result = analysis.flattening((14, 14))
+    assert result.anisotropy == 14
+    assert result.wrap == pytest.approx(13.04, abs=5e-3)
+    assert result.correlation == pytest.approx(0.687, abs=5e-4)
     assert analysis.flattening((9,)) == (1, 1.0, pytest.approx(1.0))
-    with pytest.raises(ValueError, match=r"a correlation needs a grid of 3 cells or more, got \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"a correlation needs a grid of at least 3 cells, got \(1, 2\)"):
         analysis.flattening((1, 2))
 
 
 class Distances(Position):
-    """A bias that is some function of the displacement."""
+    """A bias that is a given function of the displacement."""
 
     def __init__(self, function):
         super().__init__()
@@ -188,7 +190,7 @@ class Distances(Position):
         (lambda d: d[..., 0].clamp(-4, 4) * 9 + d[..., 1].clamp(-4, 4), 81),
     ],
 )
-def test_distinct_rows_of_biases(function, count):
+def test_distinct_rows_of_a_bias_function(function, count):
     assert analysis.distinct_bias_rows(Distances(function), (14, 14)) == count
 
 
@@ -205,14 +207,14 @@ def test_distinct_rows_of_biases(function, count):
         ("shaw(clip=4)", 81),
     ],
 )
-def test_distinct_rows_of_the_biases(spec, count):
+def test_distinct_rows_of_registered_biases(spec, count):
     assert (
         analysis.distinct_bias_rows(build(spec, Layout(width=64, heads=2, grid=(14, 14), depth=1)), (14, 14)) == count
     )
 
 
 class Tables(Position):
-    """Rows of a table that content meets, for displacements clipped at 4: many indices may point to equal rows."""
+    """A table of vectors for displacements clipped at 4; many of its rows are equal."""
 
     def encode(self, coords, key_coords, grid):
         offset = (key_coords[None] - coords[:, None]).long() + 13
@@ -227,7 +229,7 @@ def test_distinct_rows_of_tables():
     assert analysis.distinct_bias_rows(Tables(), (14, 14)) == 81
 
 
-def test_distinct_rows_of_channels_beside():
+def test_distinct_rows_of_extra_channels():
     quadratic = Distances(lambda d: d)
     quadratic.encode = lambda coords, keys, grid: Encoding(
         Transform(extra=[torch.ones(1, 1, len(coords), 1)]),
@@ -243,7 +245,7 @@ def test_a_rotation_adds_no_bias():
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(11,), (10, 13)])
-def test_zero_padding_leaks_the_place_of_as_many_cells_as_it_reaches(depth, shape):
+def test_zero_padding_leaks_position_within_its_receptive_field(depth, shape):
     torch.manual_seed(0)
     kind = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d}[len(shape)]
     leaks = {}
@@ -258,7 +260,7 @@ def test_zero_padding_leaks_the_place_of_as_many_cells_as_it_reaches(depth, shap
 
 
 @pytest.mark.parametrize(("padding", "deep"), [("zeros", 2), ("circular", 0)])
-def test_what_peg_knows_is_the_leak(padding, deep):
+def test_peg_gets_position_from_padding_only(padding, deep):
     layout = Layout(width=4, heads=1, grid=(9, 12), depth=1)
     position = build(f'peg(kernel=5, padding="{padding}")', layout)
 
@@ -271,12 +273,14 @@ def test_what_peg_knows_is_the_leak(padding, deep):
     assert leak[deep:].max() < 1e-5
 
 
-def test_bad_decays():
-    with pytest.raises(ValueError, match="a decay needs a positive base and a pair or more, got base 0 and 16 pairs"):
+def test_invalid_arguments():
+    with pytest.raises(ValueError, match="decay needs a positive base and at least one pair, got base 0 and 16 pairs"):
         analysis.decay(0, 16)
-    with pytest.raises(ValueError, match="head_dim 2 has no pair for each of 2 axes; use 4 or more"):
+    with pytest.raises(ValueError, match="head_dim 2 has less than one pair for each of 2 axes; use 4 or more"):
         analysis.recommended_base((4, 4), 2)
-    with pytest.raises(ValueError, match=r"no base below 10\^8 keeps 1 pairs for each axis above 0 over 9 cells"):
+    with pytest.raises(
+        ValueError, match=r"no base up to 10\^8 keeps K at or above 0 with 1 pairs per axis over 9 cells"
+    ):
         analysis.recommended_base((9,), 2)
 
 
@@ -295,10 +299,12 @@ def test_plot_kernel(tmp_path, capsys):
         main(["plot", "kernel", "none", "--out", str(tmp_path / "none.png")])
     assert "a kernel needs a rotary scheme" in capsys.readouterr().err
     assert not (tmp_path / "none.png").exists()
+    with pytest.raises(ValueError, match="plot_kernel needs at least one position spec, got none"):
+        pytest.importorskip("vit_rope.plots").plot_kernel([], str(tmp_path / "none.png"))
 
 
 def rows_of(table):
-    """name -> claims of the lines that begin a scheme."""
+    """The claims of each scheme, read from the first line of its entry."""
     return {line.split()[0]: line.split()[1:6] for line in table.splitlines()[1:] if not line.startswith(" ")}
 
 
@@ -313,9 +319,7 @@ def test_scheme_table_lists_every_scheme(capsys):
     assert rows_of(table)["none"] == ["yes", "-", "yes", "-", "yes"]
     assert rows_of(table)["liere"] == ["-", "yes", "yes", "yes", "yes"]
     flat = " ".join(table.split())
-    assert (
-        "Each axis turns channel pairs of its own: of two axes, half the head by the row, half by the column." in flat
-    )
+    assert inspect.cleandoc(factory("axial").__doc__).splitlines()[0] in flat
     assert "pairs='interleaved', fastest=1.0, learned=False)" in flat
 
 
@@ -338,6 +342,6 @@ def test_unknown_verbs(capsys):
     assert "vit-rope VERB" in capsys.readouterr().out
 
 
-def test_schemes_that_fit_a_model_are_all_but_those_for_signals():
+def test_specs_for_images_leave_out_schemes_for_signals_only():
     names = {spec.partition("(")[0] for spec in specs_for(Layout(48, 2, (4, 4), 2))}
     assert set(schemes()) - names == {"xpos"}

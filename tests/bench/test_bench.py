@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic, on a clock of the test's own; real times are never asserted."""
+"""The arithmetic of benchmarks, on a simulated clock; real times are never asserted."""
 
 import csv
 import importlib
@@ -6,16 +6,17 @@ import json
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from vit_rope.__main__ import main
 from vit_rope.bench import measure, report
-from vit_rope.bench.block import peak
+from vit_rope.bench.block import peak_memory
 from vit_rope.cli import bench
-from vit_rope.plots import slope
+from vit_rope.plots import plot_ratios, slope
 
 
 class Clock:
-    """A clock that moves only when a run says so."""
+    """A clock that only the runs advance."""
 
     def __init__(self):
         self.now = 0.0
@@ -24,12 +25,12 @@ class Clock:
         return self.now
 
     def run(self, *seconds):
-        left = list(seconds)
+        remaining = list(seconds)
 
-        def spend():
-            self.now += left.pop(0) if len(left) > 1 else left[0]
+        def advance():
+            self.now += remaining.pop(0) if len(remaining) > 1 else remaining[0]
 
-        return spend
+        return advance
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_ratios_are_taken_within_rounds_and_the_first_does_not_count(clock):
+def test_ratios_are_computed_within_rounds_and_the_first_round_does_not_count(clock):
     runs = {"slow start": clock.run(100.0, 2.0), "half": clock.run(100.0, 1.0), "uneven": clock.run(9.0, 2.0, 4.0, 6.0)}
     first, half, uneven = measure.ratios("made up", runs, rounds=3)
     assert first == ("made up", "slow start", 1.0, 1.0, 1.0, 3, 2.0, "s")
@@ -49,18 +50,18 @@ def test_ratios_are_taken_within_rounds_and_the_first_does_not_count(clock):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
-def test_a_report_says_under_what_conditions(suffix, tmp_path, capsys):
+def test_reports_contain_the_conditions_of_the_run(suffix, tmp_path, capsys):
     out = tmp_path / "deep" / f"ratios.{suffix}"
-    found = [
+    results = [
         measure.Ratio("made up", "stock", 1.0, 1.0, 1.0, 5, 0.00123449),
         measure.Ratio("made up", "axial", 1.04, 1.0, 1.1, 5, 0.0013),
     ]
-    report.show(found)
+    report.show(results)
     printed = capsys.readouterr().out
     assert "axial" in printed
     assert "1.040" in printed
     assert "1.23 ms" in printed
-    report.write(found, out)
+    report.write(results, out)
     rows = json.loads(out.read_text()) if suffix == "json" else list(csv.DictReader(out.read_text().splitlines()))
     assert [row["candidate"] for row in rows] == ["stock", "axial"]
     assert [float(row["took"]) for row in rows] == [0.001234, 0.0013]
@@ -72,11 +73,11 @@ def test_a_report_says_under_what_conditions(suffix, tmp_path, capsys):
     ("value", "unit", "text"),
     [(0.0, "s", "0 s"), (3.2e-7, "s", "320 ns"), (1.5, "s", "1.5 s"), (2.5e9, "B", "2.5 GB"), (4e-12, "s", "0.004 ns")],
 )
-def test_amounts_are_short(value, unit, text):
+def test_amounts_have_three_digits_and_a_prefix(value, unit, text):
     assert report.amount(value, unit) == text
 
 
-def test_one_small_unet_is_measured(monkeypatch, tmp_path):
+def test_a_small_unet_is_measured(monkeypatch, tmp_path):
     pytest.importorskip("diffusers")
     monkeypatch.setattr(bench, "STEADY", {})
     monkeypatch.setattr("vit_rope.bench.unet.UNETS", {"8 x 8": (8, (16, 16), (False, True), 1)})
@@ -86,12 +87,12 @@ def test_one_small_unet_is_measured(monkeypatch, tmp_path):
     assert all(float(row["median"]) > 0 for row in rows)
 
 
-def test_a_pair_is_divided_within_each_round_too(clock):
+def test_ratios_to_the_paired_run_are_computed_within_rounds_too(clock):
     runs = {"plain": clock.run(9.0, 2.0), "none": clock.run(9.0, 4.0), "axial": clock.run(9.0, 5.0)}
-    found = {(row.group, row.candidate): row.median for row in measure.ratios("made up", runs, 3, paired="none")}
-    assert found["made up", "axial"] == 2.5
-    assert found["made up, against none", "axial"] == 1.25
-    assert found["made up, against none", "plain"] == 0.5
+    medians = {(row.group, row.candidate): row.median for row in measure.ratios("made up", runs, 3, paired="none")}
+    assert medians["made up", "axial"] == 2.5
+    assert medians["made up, against none", "axial"] == 1.25
+    assert medians["made up, against none", "plain"] == 0.5
 
 
 def test_short_runs_are_repeated(clock):
@@ -101,7 +102,7 @@ def test_short_runs_are_repeated(clock):
     assert len(count) == 2 + 2 * 4
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # other libraries, where they are installed
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # raised by other libraries, if installed
 @pytest.mark.parametrize(
     ("topic", "small"),
     [
@@ -111,7 +112,7 @@ def test_short_runs_are_repeated(clock):
         ("growth", {"SIDES": (2, 3, 4), "AXES": {1: (4,), 2: (2, 2)}}),
     ],
 )
-def test_small_ones_are_measured(topic, small, monkeypatch, tmp_path):
+def test_other_topics_are_measured_on_small_inputs(topic, small, monkeypatch, tmp_path):
     module = importlib.import_module(f"vit_rope.bench.{topic}")
     monkeypatch.setattr(bench, "STEADY", {})
     for name, value in small.items():
@@ -124,7 +125,7 @@ def test_small_ones_are_measured(topic, small, monkeypatch, tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 
-def test_libraries_beside_are_those_asked_for(monkeypatch, tmp_path):
+def test_against_selects_the_libraries(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "STEADY", {})
     monkeypatch.setattr("vit_rope.bench.rotate.SHAPES", [(1, 2, 2, 1)])
     command = ["bench", "rotate", "--rounds", "2", "--against", "timm,rope-vit", "--out", str(tmp_path / "out.json")]
@@ -135,8 +136,8 @@ def test_libraries_beside_are_those_asked_for(monkeypatch, tmp_path):
     }  # fmt: skip
 
 
-def test_events_time_what_a_gpu_does(monkeypatch):
-    now, waited = [0.0], []
+def test_cuda_events_measure_time_on_a_gpu(monkeypatch):
+    now, synchronized = [0.0], []
 
     class Event:
         def __init__(self, enable_timing):
@@ -153,32 +154,43 @@ def test_events_time_what_a_gpu_does(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(now[0]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronized.append(now[0]))
     (row,) = measure.ratios("made up", {"three seconds": run}, rounds=2)
     assert row.took == 3.0
-    assert waited == [0.0, 3.0, 3.0, 6.0, 6.0, 9.0]
+    assert synchronized == [0.0, 3.0, 3.0, 6.0, 6.0, 9.0]
 
 
-def test_every_topic_can_be_asked_for():
+def test_every_topic_has_a_bench_function():
     for topic in bench.TOPICS:
         assert callable(importlib.import_module(f"vit_rope.bench.{topic}").bench)
 
 
-def test_peaks_count_what_is_held_at_once():
+def test_peak_memory_counts_what_is_allocated_at_once():
     def run():
         kept = torch.zeros(1000)
         for _ in range(3):
             torch.zeros(500)
         del kept
 
-    assert peak(run) == 4 * 1500
+    assert peak_memory(run) == 4 * 1500
 
 
-def test_slopes_of_powers_are_their_exponents():
+def test_the_slope_of_a_power_is_its_exponent():
     assert slope([1, 2, 4, 8], [5.0, 20.0, 80.0, 320.0]) == pytest.approx(2)
 
 
-def test_bad_requests(capsys):
+def test_curves_of_a_plot_differ_in_more_than_colour(tmp_path, monkeypatch):
+    drawn, errorbar = [], Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda *data, **style: drawn.append(style) or errorbar(*data, **style))
+    results = [
+        measure.Ratio(group, str(n), 1.0, 1.0, 1.0, 2, 1.0) for n in range(12) for group in map(str, range(12, 24))
+    ]
+    plot_ratios(results, tmp_path / "ratios.png")
+    assert len({(style["color"], style["marker"]) for style in drawn}) == 12
+    assert len({style["marker"] for style in drawn}) > 10
+
+
+def test_invalid_arguments(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "unet", "--rounds", "1"])
     assert "quartiles need at least 2 rounds, got 1" in capsys.readouterr().err
@@ -190,10 +202,10 @@ def test_bad_requests(capsys):
     assert "unet takes no --against; leave it out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "rotate", "--against", "keras"])
-    assert "keras is not known here; there are timm, rope-vit" in capsys.readouterr().err
+    assert "keras is unknown here; available are timm, rope-vit" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "unet", "--out", "ratios.txt"])
     assert "--out is a .csv or .json file, got ratios.txt" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "rotate", "--specs", "alibi"])
-    assert "alibi turns no queries, so it has no rotation to measure" in capsys.readouterr().err
+    assert "alibi rotates no queries, so there is no rotation to measure" in capsys.readouterr().err

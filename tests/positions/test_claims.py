@@ -1,4 +1,4 @@
-"""Each scheme's claims, held against what attention does with it: claims are data, and every one can be wrong."""
+"""Each scheme's claims, compared with measurements of attention; each claim can turn out wrong."""
 
 import pytest
 import torch
@@ -48,10 +48,10 @@ def test_learned(spec, axes):
 
     def outcome():
         encoding = position(coords)
-        placed = x
+        embedded = x
         for layer in range(layout.depth if position.each_layer else 1):
-            placed = position.embed(placed, coords, list(layout.grid), layer)
-        flat = torch.utils._pytree.tree_leaves((encoding, placed))
+            embedded = position.embed(embedded, coords, list(layout.grid), layer)
+        flat = torch.utils._pytree.tree_leaves((encoding, embedded))
         return [leaf.detach().clone() for leaf in flat if isinstance(leaf, torch.Tensor)]
 
     before = outcome()
@@ -64,30 +64,33 @@ def test_learned(spec, axes):
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
 def test_unbounded(spec, axes):
-    """Keys far outside the training grid look different, from each other and from one inside, as those inside do."""
+    """Keys far outside the training grid differ from each other and from one inside it."""
     position, layout = make(spec, axes)
     inside = layout.coords().double()
     corner = 8 * torch.tensor(layout.grid, dtype=torch.float64)
-    told = []
+    distinguished = []
     for axis in range(axes):
         step = torch.zeros(axes, dtype=torch.float64)
         step[axis] = 1.0
         pairs = ((inside[0], inside[0] + step), (corner, corner + step), (inside[0], corner))
-        near, *far = (looks(position, layout, inside, torch.stack(pair)) for pair in pairs)
+        near, *far = (key_difference(position, layout, inside, torch.stack(pair)) for pair in pairs)
         if near > 1e-9:
-            told.append(min(far) > 1e-9)
+            distinguished.append(min(far) > 1e-9)
     if isinstance(position, Sum) and not position.unbounded:
-        return  # one part of a sum may make good what another lacks
-    assert all(told) == position.unbounded
+        return  # one part of a sum may distinguish what another does not
+    assert all(distinguished) == position.unbounded
 
 
-def looks(position: Position, layout: Layout, queries, keys) -> float:
-    """How differently queries at (N, A) attend to two keys of one content at (2, A), over all heads and layers."""
+def key_difference(position: Position, layout: Layout, queries, keys) -> float:
+    """The largest difference between attention to two keys of equal content at `keys` (2, A).
+
+    The maximum is over queries at `queries` (N, A), heads and layers.
+    """
     generator = torch.Generator().manual_seed(0)
     width = layout.width
-    content, other = torch.randn(2, width, generator=generator, dtype=torch.float64)
+    key_content, query_content = torch.randn(2, width, generator=generator, dtype=torch.float64)
     weights = torch.randn(2, width, width, generator=generator, dtype=torch.float64) / 4
-    q, k = (c.expand(1, len(at), -1) for c, at in ((other, queries), (content, keys)))
+    q, k = (c.expand(1, len(at), -1) for c, at in ((query_content, queries), (key_content, keys)))
     for layer in range(layout.depth if position.each_layer else 1):
         q, k = position.embed(q, queries, None, layer), position.embed(k, keys, None, layer)
     q, k = q @ weights[0], k @ weights[1]
@@ -100,16 +103,16 @@ def looks(position: Position, layout: Layout, queries, keys) -> float:
         encoding = encoding._replace(
             term_lists=[[t for t in layer if t.acts_on != "v"] for layer in encoding.term_lists]
         )
-    found = [attend(q, k, values, encoding, layer) for layer in range(layout.depth)]
-    return max((w[..., 0] - w[..., 1]).abs().max().item() for w in found)
+    outputs = [attend(q, k, values, encoding, layer) for layer in range(layout.depth)]
+    return max((w[..., 0] - w[..., 1]).abs().max().item() for w in outputs)
 
 
-def test_rank_is_not_claimed_by_hand():
+def test_reversibility_follows_from_the_rank_of_frequencies():
     assert not Rotary(torch.ones(1, 1, 2, 4)).reversible
     assert Rotary(torch.eye(2)[None, None]).reversible
 
 
-def test_sums_claim_what_their_parts_do():
+def test_claims_of_sums_follow_from_their_parts():
     layout = Layout(width=48, heads=2, grid=(4, 5), depth=2)
     both = build("sumcoords + mixed", layout)
     assert both.reversible

@@ -1,4 +1,4 @@
-"""What every registered scheme promises, on one, two and three axes, whoever wrote it."""
+"""The contract of every registered scheme, on one, two and three axes."""
 
 import copy
 import io
@@ -24,13 +24,13 @@ def tokens(layout, batch=2, seed=1):
 
 
 def run(position, layout, coords, x, weights, layer=1, grid=None):
-    """One attention layer (B, H, N, D) over tokens that a scheme places, all of it in float64."""
+    """The output (B, H, N, D) of one attention layer with a position scheme, in float64."""
     q, k, v = _heads(embedded(position, layout, x, coords, grid), weights, layout)
     return attend(q, k, v, position(coords, grid=grid), layer)
 
 
 def embedded(position, layout, x, coords, grid=None):
-    """Tokens that a scheme has placed before every layer that it acts before."""
+    """Tokens with the embeddings that a scheme adds before each layer."""
     for layer in range(layout.depth if position.each_layer else 1):
         x = position.embed(x, coords, grid, layer)
     return x
@@ -48,23 +48,23 @@ def same(a: Encoding, b: Encoding) -> bool:
 
 
 def weights_of(q, k, encoding, layer=0):
-    """Attention weights (B, H, N, M), read off values that are one-hot, which nothing turns and no term adds to."""
+    """Attention weights (B, H, N, M), computed as the output for one-hot values."""
     terms = encoding.term_lists and [[term for term in terms if term.acts_on != "v"] for terms in encoding.term_lists]
     encoding = encoding._replace(v=Transform(), out=Transform(), term_lists=terms)
     return attend(q, k, torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:2], -1, -1), encoding, layer)
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
-def test_relative_means_relative(spec, axes):
+def test_relative_schemes_ignore_shifts_and_others_do_not(spec, axes):
     position, layout = make(spec, axes)
     x, weights = tokens(layout)
     coords = layout.coords().double()
     shift = torch.tensor([1.37, -1.21, 2.5], dtype=torch.float64)[:axes]
-    here, there = (run(position, layout, c, x, weights) for c in (coords, coords + shift))
+    original, shifted = (run(position, layout, c, x, weights) for c in (coords, coords + shift))
     if position.relative:
-        torch.testing.assert_close(here, there, rtol=0, atol=1e-6)
+        torch.testing.assert_close(original, shifted, rtol=0, atol=1e-6)
     else:
-        assert (here - there).abs().max() > 1e-4
+        assert (original - shifted).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
@@ -89,17 +89,17 @@ def test_coordinates_of_each_sample_equal_shared_ones(spec, axes):
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
-def test_a_grid_promise_changes_nothing_on_the_training_grid(spec, axes):
+def test_passing_the_training_grid_changes_nothing(spec, axes):
     position, layout = make(spec, axes)
     x, weights = tokens(layout)
     coords = layout.coords().double()
     out = run(position, layout, coords, x, weights)
-    promised = run(position, layout, coords, x, weights, grid=list(layout.grid))
-    torch.testing.assert_close(out, promised, rtol=0, atol=1e-6)
+    with_grid = run(position, layout, coords, x, weights, grid=list(layout.grid))
+    torch.testing.assert_close(out, with_grid, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
-def test_keys_elsewhere_are_a_part_of_all_keys(spec, axes):
+def test_key_coordinates_select_a_part_of_all_keys(spec, axes):
     position, layout = make(spec, axes)
     x, weights = tokens(layout)
     coords = layout.coords().double()
@@ -107,15 +107,15 @@ def test_keys_elsewhere_are_a_part_of_all_keys(spec, axes):
     all_keys = attend(q, k[:, :, ::2], v[:, :, ::2], position(coords, key_coords=coords[::2]), 2)
     some = attend(q[:, :, 3:], k[:, :, ::2], v[:, :, ::2], position(coords[3:], key_coords=coords[::2]), 2)
     torch.testing.assert_close(all_keys[:, :, 3:], some, rtol=0, atol=1e-12)
-    closed = torch.zeros(len(coords), dtype=torch.bool)
-    closed[::2] = True
-    masked = attend(q, k, v, position(coords), 2, mask=closed[None])
+    mask = torch.zeros(len(coords), dtype=torch.bool)
+    mask[::2] = True
+    masked = attend(q, k, v, position(coords), 2, mask=mask[None])
     torch.testing.assert_close(all_keys, masked, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
 @pytest.mark.parametrize("prefix", [1, 5])
-def test_prefix_tokens_have_no_place(spec, axes, prefix):
+def test_prefix_tokens_have_no_position(spec, axes, prefix):
     position, layout = make(spec, axes)
     coords = layout.coords().double()
     generator = torch.Generator().manual_seed(2)
@@ -126,23 +126,23 @@ def test_prefix_tokens_have_no_place(spec, axes, prefix):
         among = padded[..., prefix:, prefix:] / padded[..., prefix:, prefix:].sum(dim=-1, keepdim=True)
         bare = weights_of(q[:, :, prefix:], k[:, :, prefix:], position(coords), layer)
         torch.testing.assert_close(among, bare, rtol=0, atol=1e-12)
-        elsewhere = weights_of(q, k, position(coords + 3.25, prefix=prefix), layer)
-        ours, theirs = (w[..., :prefix, :prefix] for w in (padded, elsewhere))
-        ours, theirs = (w / w.sum(dim=-1, keepdim=True) for w in (ours, theirs))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        shifted = weights_of(q, k, position(coords + 3.25, prefix=prefix), layer)
+        among_prefix, after_shift = (w[..., :prefix, :prefix] for w in (padded, shifted))
+        among_prefix, after_shift = (w / w.sum(dim=-1, keepdim=True) for w in (among_prefix, after_shift))
+        torch.testing.assert_close(among_prefix, after_shift, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
-def test_no_cast_changes_the_tables(spec, axes):
+def test_casts_and_autocast_do_not_change_the_tables(spec, axes):
     position, layout = make(spec, axes)
     coords = 50 * layout.coords()
     want = position(coords, prefix=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert same(position(coords, prefix=1), want)
     for cast in (Position.bfloat16, Position.half, lambda p: p.to(torch.float16), lambda p: p.bfloat16().float()):
-        again = cast(copy.deepcopy(position))
-        assert all(p.dtype == torch.float32 for p in again.parameters())
-        assert same(again(coords, prefix=1), want)
+        converted = cast(copy.deepcopy(position))
+        assert all(p.dtype == torch.float32 for p in converted.parameters())
+        assert same(converted(coords, prefix=1), want)
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
@@ -155,18 +155,18 @@ def test_copies_and_the_meta_device_keep_the_tables(spec, axes):
     file.seek(0)
     assert same(torch.load(file, weights_only=False)(coords), want)
     with torch.device("meta"):
-        ghost, _ = make(spec, axes, seed=5)
-    assert all(p.is_meta for p in ghost.parameters())
-    ghost = ghost.to_empty(device="cpu")
-    ghost.load_state_dict(position.state_dict())
-    assert same(ghost(coords), want)
+        empty, _ = make(spec, axes, seed=5)
+    assert all(p.is_meta for p in empty.parameters())
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(position.state_dict())
+    assert same(empty(coords), want)
     x, _ = tokens(layout)
-    ours, theirs = (embedded(p, layout, x, coords) for p in (position, ghost))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    expected, actual = (embedded(p, layout, x, coords) for p in (position, empty))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
-def test_reset_parameters_makes_emptied_ones_finite(spec, axes):
+def test_reset_parameters_sets_every_parameter(spec, axes):
     position, _ = make(spec, axes)
     with torch.no_grad():
         for parameter in position.parameters():
@@ -193,7 +193,7 @@ def test_gradients_reach_every_parameter(spec, axes):
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
-def test_the_state_dict_holds_learned_tensors_alone(spec, axes):
+def test_the_state_dict_holds_learned_tensors_only(spec, axes):
     position, _ = make(spec, axes)
     assert list(position.buffers()) == []
     assert set(position.state_dict()) == {name for name, _ in position.named_parameters()}
@@ -201,7 +201,7 @@ def test_the_state_dict_holds_learned_tensors_alone(spec, axes):
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
-def test_earlier_calls_leave_no_trace(spec, axes):
+def test_calls_do_not_depend_on_earlier_calls(spec, axes):
     position, layout = make(spec, axes)
     want = position(layout.coords(), prefix=1)
     with torch.inference_mode():
@@ -212,7 +212,7 @@ def test_earlier_calls_leave_no_trace(spec, axes):
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_attention_returns_the_type_it_was_given(spec, axes, dtype):
+def test_attention_keeps_the_dtype_of_its_input(spec, axes, dtype):
     position, layout = make(spec, axes)
     coords = layout.coords()
     q = torch.randn(1, layout.heads, len(coords), layout.head_dim, dtype=dtype)
@@ -234,7 +234,8 @@ def small_vit(spec, axes):
     return RopeViT(SIZES[axes][0], (8,) * axes, position=spec, **size).eval()
 
 
-# minutes of compiling: every scheme on images, schemes of each kind on signals and videos too; a few of them at once
+# compiling takes minutes, so tests that are not slow compile a few schemes only; the slow ones
+# cover every scheme on images, and the schemes of KINDS on signals and videos too
 KINDS = (
     "axial",
     "mixed",
@@ -248,16 +249,16 @@ KINDS = (
     "yarn(axial)",
     "learned + mixed",
 )
-AT_ONCE = [(spec, 2) for spec in ("axial", "mixed", "peg", "swin", "shaw", "learned + mixed")]
+FAST = [(spec, 2) for spec in ("axial", "mixed", "peg", "swin", "shaw", "learned + mixed")]
 COMPILED = [
-    pytest.param(spec, axes, marks=() if (spec, axes) in AT_ONCE else pytest.mark.slow)
+    pytest.param(spec, axes, marks=() if (spec, axes) in FAST else pytest.mark.slow)
     for spec, axes in EVERY
     if axes == 2 or spec in KINDS or (spec, 2) in EXCLUDED
 ]
 
 
 @pytest.mark.parametrize(("spec", "axes"), COMPILED)
-def test_two_graphs_serve_six_sizes(spec, axes):
+def test_two_graphs_suffice_for_six_sizes(spec, axes):
     torch._dynamo.reset()
     model, counter = small_vit(spec, axes), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -268,7 +269,7 @@ def test_two_graphs_serve_six_sizes(spec, axes):
 
 
 @pytest.mark.parametrize(("spec", "axes"), COMPILED)
-def test_one_export_serves_other_sizes(spec, axes):
+def test_an_exported_model_runs_at_other_sizes(spec, axes):
     model = small_vit(spec, axes)
     dims = [8 * torch.export.Dim(f"cells_{a}", min=2, max=16) for a in range(axes)]
     shapes = ({0: torch.export.Dim("batch", min=2, max=16)} | {2 + a: dim for a, dim in enumerate(dims)},)

@@ -1,4 +1,4 @@
-"""The spec language, and the words in which it refuses."""
+"""The spec language and its error messages."""
 
 import re
 
@@ -26,7 +26,7 @@ def scheme():
         specs._SCHEMES.pop(name, None)
 
 
-def test_every_name_is_listed_in_order():
+def test_names_are_listed_in_alphabetical_order():
     assert {"axial", "flat", "learned", "mixed", "none", "sincos"} <= set(schemes())
     assert schemes() == sorted(schemes())
 
@@ -74,12 +74,12 @@ def test_sums_are_flat_and_keep_their_order():
         ("a" * 1001, "a position spec has at most 1000 characters, got 1001"),
     ],
 )
-def test_refusals(spec, message):
+def test_invalid_specs_raise_clear_errors(spec, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(spec, LAYOUT)
 
 
-def test_a_spec_is_a_string():
+def test_a_spec_must_be_a_string():
     with pytest.raises(TypeError, match=re.escape('a position spec is a string such as "axial(base=100)", got dict')):
         build({"axial": 1}, LAYOUT)
 
@@ -96,7 +96,7 @@ def test_a_spec_is_a_string():
         ("sincos", 1, 3, "width 2 is too small for sines and cosines of 3 axes"),
     ],
 )
-def test_heads_that_do_not_fit(spec, head, axes, message):
+def test_head_sizes_that_do_not_fit(spec, head, axes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(spec, Layout(width=2 * head, heads=2, grid=(3,) * axes))
 
@@ -111,15 +111,15 @@ def test_heads_that_do_not_fit(spec, head, axes, message):
         ({"unit": "miles"}, "unknown unit 'miles'; expected one of index, centered, centered_shorter, centered_longer"),
     ],
 )
-def test_layouts_that_cannot_be(options, message):
+def test_invalid_layouts(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Layout(**{"width": 12, "heads": 3, "grid": (3, 3)} | options)
 
 
-def test_a_scheme_of_ones_own_takes_five_lines(scheme):
+def test_a_custom_scheme_takes_five_lines(scheme):
     @scheme
     def slow(layout: Layout, base: float = 7.0) -> Rotary:
-        """Every axis turns every pair."""
+        """Every axis rotates every pair."""
         return Rotary(geometric(layout.head_dim // 2, base).expand(1, 1, layout.axes, -1))
 
     assert "slow" in schemes()
@@ -130,7 +130,7 @@ def test_a_scheme_of_ones_own_takes_five_lines(scheme):
         register(slow)
 
 
-def test_a_modifier_takes_schemes_by_place(scheme):
+def test_a_modifier_takes_schemes_as_positional_arguments(scheme):
     @scheme
     def slower(layout: Layout, scheme: Position, factor: float = 2.0) -> Position:
         """Divide a scheme's frequencies."""
@@ -139,6 +139,15 @@ def test_a_modifier_takes_schemes_by_place(scheme):
     assert build("slower(axial, factor=4)", LAYOUT).initial.max() == 0.25
     with pytest.raises(ValueError, match=re.escape("slower modifies 1 scheme(s) (scheme), got 0")):
         build("slower(factor=4)", LAYOUT)
+
+
+def test_signatures_leave_out_the_layout():
+    assert list(specs.signature("flat").parameters)[:1] == ["base"]
+    assert list(specs.signature("xy").parameters) == ["scheme"]
+    assert specs.factory("flat") is specs._SCHEMES["flat"]
+    for lookup in (specs.factory, specs.signature):
+        with pytest.raises(ValueError, match="no position scheme is called 'axail'; did you mean axial"):
+            lookup("axail")
 
 
 def test_rotations_of_different_pairs_cannot_be_summed():
@@ -155,7 +164,7 @@ def test_rotations_of_different_pairs_cannot_be_summed():
         st.text(max_size=40), st.from_regex(r"(axial|mixed|none)\([a-z]{0,6}=[-0-9a-z\"'(),.]{0,12}\)", fullmatch=True)
     )
 )
-def test_no_text_gets_further_than_a_clear_refusal(text):
+def test_any_other_text_raises_a_clear_error(text):
     try:
         position = build(text, LAYOUT)
     except ValueError as error:

@@ -881,7 +881,7 @@ def test_study_and_its_plot_report_what_is_missing(tmp_path, capsys):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit):
         main(["plot", "study", str(tmp_path / "other.csv"), "--out", str(tmp_path / "a.png")])
-    assert "other.csv is no table of a study; vit-rope study writes" in capsys.readouterr().err
+    assert "other.csv is not the table of a study; vit-rope study writes" in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
 
 

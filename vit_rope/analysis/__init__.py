@@ -1,4 +1,8 @@
-"""Numbers about position schemes: what they can tell apart, and whether they keep their claims."""
+"""Analysis of position schemes: kernels, decay, aliases, and certificates of their claims.
+
+`numbers` computes properties of schemes, `certify` checks that a scheme is relative or reversible,
+`catalogue` lists what all registered schemes claim. Plots of kernels are in `vit_rope.plots`.
+"""
 
 from .certify import CertificateError, assert_relative, assert_reversible, relativity_error
 from .numbers import (

@@ -1,35 +1,40 @@
-"""Every position scheme and what it claims, as a table: `vit-rope schemes --sort reversible`."""
+"""What every registered position scheme claims, and an example spec of each."""
 
-import inspect
 from contextlib import suppress
 
 from ..positions import Layout, build
-from ..positions.specs import _SCHEMES, schemes
+from ..positions.specs import schemes, signature
 
 CLAIMS = ("relative", "reversible", "flash", "learned", "unbounded")
 
 
-def _claims(name: str) -> tuple[bool, ...]:
-    """What a scheme claims on an image, or on a signal where it has no form for images."""
+def claims_of(name: str) -> tuple[bool, ...]:
+    """The values of CLAIMS of a scheme on images, or on signals if it does not support images.
+
+    Raises ValueError for a modifier that accepts neither `axial` nor `learned`.
+    """
     for grid in ((14, 14), (14,)):
         layout = Layout(width=48, heads=2, grid=grid, depth=2)
         if spec := example_spec(name, layout):
             scheme = build(spec, layout)
             return scheme.relative, scheme.reversible, scheme.keeps_flash, scheme.learned, scheme.unbounded
-    raise ValueError(f"{name} takes neither axial nor learned inside it, on images or on signals")
+    raise ValueError(f"{name} can modify neither axial nor learned, on images or on signals")
 
 
 def specs_for(layout: Layout) -> list[str]:
-    """A spec of each registered scheme that a layout allows."""
+    """A spec of each registered scheme that supports the layout."""
     return [spec for name in schemes() if (spec := example_spec(name, layout))]
 
 
 def example_spec(name: str, layout: Layout) -> str:
-    """A spec of a scheme, of a modifier with axial or learned inside; empty where the layout allows neither."""
-    parameters = list(inspect.signature(_SCHEMES[name]).parameters.values())[1:]
-    parts = sum(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in parameters)
-    for inside in ("axial", "learned"):
-        spec = f"{name}({', '.join([inside] * parts)})" if parts else name
+    """A spec of a scheme; a modifier gets `axial`, or else `learned`, to modify.
+
+    Returns an empty string if the layout supports neither.
+    """
+    parameters = signature(name).parameters.values()
+    modified = sum(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in parameters)
+    for inner in ("axial", "learned"):
+        spec = f"{name}({', '.join([inner] * modified)})" if modified else name
         with suppress(ValueError):
             build(spec, layout)
             return spec

@@ -1,4 +1,8 @@
-"""Numbers about position schemes, the theory as running code; pictures of them are in `plots`."""
+"""Properties of position schemes as numbers; `vit_rope.plots` draws some of them.
+
+Shapes   A axes, H heads (1 if all heads share their frequencies), R channel pairs that rotate,
+         D = 2·R channels of a head, Δ displacements (..., A) in cells of a grid
+"""
 
 import math
 from collections.abc import Callable
@@ -9,81 +13,68 @@ from torch import Tensor
 
 from ..positions import Position, Rotary
 from ..positions.rotary.base import geometric
-from .certify import CertificateError, assert_relative, assert_reversible, relativity_error
-
-__all__ = [
-    "CertificateError",
-    "Decay",
-    "Flattening",
-    "aliases",
-    "assert_relative",
-    "assert_reversible",
-    "decay",
-    "decay_bound",
-    "distinct_bias_rows",
-    "flattening",
-    "frequency_rank",
-    "kernel",
-    "offsets",
-    "padding_leak",
-    "recommended_base",
-    "relativity_error",
-    "reversibility_margin",
-]
 
 
-# ---- what rotations make of displacements ---------------------------------------------------------------------------
+# ---- the kernel of a rotary scheme ---------------------------------------------------------------
 def kernel(position: Position, displacements: Tensor, layer: int = 0) -> Tensor:
-    """The mean cosine K(Δ) of the angles by which a rotary scheme turns displacements (..., A): (H, ...).
+    """The kernel K(Δ) (H, ...) of a rotary scheme at displacements (..., A).
 
-    It is the score, over its maximum, of a query and a key with equal content at that displacement, averaged over
-    contents: long-range decay is its shape, and a scheme is reversible on a grid where only Δ = 0 reaches 1, for
-    rotations of D channels satisfy ||R(p) - R(p')||² = 2 D (1 - K(p - p')). H is 1 where heads share their frequencies.
+    K(Δ) is the mean cosine of the angles by which the pairs of a head rotate over Δ. It is the
+    score of a query and a key with equal content at that displacement, divided by the score at Δ =
+    0 and averaged over contents. Its shape shows long-range decay. A scheme is reversible on a grid
+    if only Δ = 0 gives K = 1, because ||R(p) - R(p')||² = 2 D (1 - K(p - p')) for rotations R(p) of
+    D channels.
+
     Raises ValueError for a scheme that rotates nothing.
     """
-    return _turns(position, displacements, layer).real.mean(dim=-1)
+    return _phases(position, displacements, layer).real.mean(dim=-1)
 
 
 def decay_bound(position: Position, displacements: Tensor, layer: int = 0) -> Tensor:
-    """Su's bound on decay at displacements (..., A): the mean (H, ...) of |S_i|, where S_i sums e^(iθ_jΔ) up to pair i.
+    """Su's bound (H, ...) on the decay of scores at displacements (..., A).
 
-    A score is at most R times this, times the largest step between the content's neighbouring pairs q_j conj(k_j)
-    (arXiv:2104.09864, section 3.4.3). Raises ValueError for a scheme that rotates nothing.
+    It is the mean of |S_i| over i, where S_i sums e^(iθ_jΔ) over the pairs j up to i. The absolute
+    value of a score is at most R times this bound, times the largest difference between
+    neighbouring pairs of the content q_j conj(k_j) (arXiv:2104.09864, section 3.4.3).
+
+    Raises ValueError for a scheme that rotates nothing.
     """
-    return _turns(position, displacements, layer).cumsum(dim=-1).abs().mean(dim=-1)
+    return _phases(position, displacements, layer).cumsum(dim=-1).abs().mean(dim=-1)
 
 
-def _turns(position: Position, displacements: Tensor, layer: int) -> Tensor:
-    """Turns (H, ..., R), as complex numbers, of displacements (..., A)."""
-    places = displacements.reshape(-1, displacements.shape[-1])
-    turn = position(places).q.tables()
-    if not turn:
+def _phases(position: Position, displacements: Tensor, layer: int) -> Tensor:
+    """Rotations (H, ..., R) over displacements (..., A), as complex numbers e^(iθ)."""
+    coords = displacements.reshape(-1, displacements.shape[-1])
+    layers = position(coords).q.tables()
+    if not layers:
         raise ValueError("a kernel needs a rotary scheme, such as axial or mixed; this one rotates nothing")
-    found = torch.view_as_complex(turn[layer % len(turn)][0].contiguous()).transpose(0, 1)  # (H, N, R)
-    return found.reshape(len(found), *displacements.shape[:-1], -1)
+    phases = torch.view_as_complex(layers[layer % len(layers)][0].contiguous()).transpose(0, 1)  # (H, N, R)
+    return phases.reshape(len(phases), *displacements.shape[:-1], -1)
 
 
 def reversibility_margin(position: Position, grid: tuple[int, ...], layer: int = 0) -> float:
-    """How far the nearest other displacement of a grid stays from being no displacement: min over Δ ≠ 0 of 1 - K(Δ).
+    """The minimum of 1 - K(Δ) over all displacements Δ ≠ 0 of a grid, of the worst head.
 
-    Zero means that two places look the same to every pair of a head; the worst head counts.
+    Zero means that some head cannot distinguish two cells.
     """
     displacements = offsets(grid).double()
     return float(1 - kernel(position, displacements[displacements.any(dim=-1)], layer).detach().max())
 
 
 def aliases(position: Position, grid: tuple[int, ...], layer: int = 0) -> Tensor:
-    """Displacements (n, A) of a grid that look as near as a neighbour to some head, and are not: the worst come first.
+    """Displacements (n, A) of a grid that some head scores at least as high as an adjacent cell.
 
-    Each stands for its opposite too. Those of RoPE over a flattened image are the wraps from the end of a row.
+    Adjacent cells themselves are left out. The worst come first, and each stands for its opposite
+    too. For RoPE over a flattened image, these are the wraps from the end of one row to the start
+    of the next.
     """
-    found = offsets(grid)
-    found = found[len(found) // 2 + 1 :]  # the opposites come first
-    near = kernel(position, torch.eye(len(grid), dtype=torch.float64), layer).amax(dim=-1, keepdim=True)
-    excess = (kernel(position, found.double(), layer) - near).amax(dim=0)
-    excess = excess.masked_fill(found.abs().sum(dim=-1) <= 1, -math.inf)
+    displacements = offsets(grid)
+    displacements = displacements[len(displacements) // 2 + 1 :]  # the first half holds their opposites
+    adjacent = kernel(position, torch.eye(len(grid), dtype=torch.float64), layer).amax(dim=-1, keepdim=True)
+    excess = (kernel(position, displacements.double(), layer) - adjacent).amax(dim=0)
+    excess = excess.masked_fill(displacements.abs().sum(dim=-1) <= 1, -math.inf)
     order = excess.argsort(descending=True, stable=True)
-    return found[order[excess[order] > -1e-6]]
+    return displacements[order[excess[order] > -1e-6]]
 
 
 def offsets(grid: tuple[int, ...]) -> Tensor:
@@ -93,64 +84,79 @@ def offsets(grid: tuple[int, ...]) -> Tensor:
 
 
 def frequency_rank(position: Position) -> int:
-    """The rank of a rotary scheme's frequencies (A, R), of its worst layer and head: how many axes it tells apart.
+    """The rank of a rotary scheme's frequencies (A, R), of its worst layer and head.
 
-    Less than the number of axes means that some move changes nothing. Raises ValueError for other schemes.
+    A rank below the number of axes means that moving along some direction rotates nothing. Raises
+    ValueError for other schemes.
     """
     if not isinstance(position, Rotary):
         raise ValueError(f"only rotary schemes have frequencies, got {type(position).__name__}")
     return int(torch.linalg.matrix_rank(position.frequencies(torch.zeros(1)).detach()).min())
 
 
-# ---- geometric frequencies as functions of base and head size --------------------------------------------------------
+# ---- geometric frequencies as functions of base and head size ------------------------------------
 class Decay(NamedTuple):
-    """How K falls along one axis: where it first falls below 1/2, the highest it comes back to, and where it ends."""
+    """The decay of K along one axis.
 
-    length: float  # inf where it does not
+    `length`: the first distance at which K is below 1/2, inf if there is none; `ripple`: the
+    maximum of K from there on; `horizon`: the distance at which the slowest pair has rotated by π.
+    """
+
+    length: float
     ripple: float
-    reach: float
+    horizon: float
 
 
-def decay(base: float, pairs: int, span: int | None = None) -> Decay:
-    """The decay of K(Δ) = mean_j cos(Δ base^(-j/P)) along one axis with P pairs, at whole Δ up to `span`.
+def decay(base: float, pairs: int, max_distance: int | None = None) -> Decay:
+    """The decay of K(Δ) = mean_j cos(Δ base^(-j/P)) along one axis with P = `pairs` pairs.
 
-    Beyond its reach, half a turn of the slowest pair at π base^((P - 1)/P), angles are new to all pairs; span is the
-    reach unless given (at most 65536).
+    K is evaluated at integer distances up to `max_distance`, by default up to the horizon
+    π base^((P - 1)/P), but at most 65536. Raises ValueError if `base` or `pairs` is not positive.
     """
     if base <= 0 or pairs < 1:
-        raise ValueError(f"a decay needs a positive base and a pair or more, got base {base} and {pairs} pairs")
-    reach = math.pi / float(geometric(pairs, base)[-1])
-    curve = _curve(base, pairs, span or min(math.ceil(reach), 65536))
+        raise ValueError(f"decay needs a positive base and at least one pair, got base {base} and {pairs} pairs")
+    horizon = math.pi / float(geometric(pairs, base)[-1])
+    curve = _axis_kernel(base, pairs, max_distance or min(math.ceil(horizon), 65536))
     below = (curve < 0.5).nonzero()
     if len(below) == 0:
-        return Decay(math.inf, float(curve[-1]), reach)
+        return Decay(math.inf, float(curve[-1]), horizon)
     first = int(below[0])
-    return Decay(float(first), float(curve[first:].max()), reach)
+    return Decay(float(first), float(curve[first:].max()), horizon)
 
 
 def recommended_base(grid: tuple[int, ...], head_dim: int) -> float:
-    """The smallest base, to 1 %, with which axial frequencies keep K(Δ) at 0 or above on all of a grid's axes.
+    """The smallest base, to within 1 %, with which axial frequencies keep K(Δ) >= 0 on a grid.
 
-    A smaller one lets far places look opposite (the lower bound of arXiv:2405.14591), a larger one tells neighbours
-    less apart. Raises ValueError where the head has no pair for each axis, or no base below 10^8 will do.
+    That is along each of its axes. With a smaller base, distant cells get negative scores (the
+    lower bound of arXiv:2405.14591). With a larger one, adjacent cells are harder to distinguish.
+    Raises ValueError if the head has fewer than one pair per axis, or if no base up to 10^8
+    suffices.
     """
     pairs = head_dim // (2 * len(grid))
     if pairs < 1:
-        raise ValueError(f"head_dim {head_dim} has no pair for each of {len(grid)} axes; use {2 * len(grid)} or more")
+        raise ValueError(
+            f"head_dim {head_dim} has less than one pair for each of {len(grid)} axes; use {2 * len(grid)} or more"
+        )
     for step in range(1852):  # 1.01^1851 is 10^8
-        if _curve(1.01**step, pairs, max(grid) - 1).min() >= 0:
+        if _axis_kernel(1.01**step, pairs, max(grid) - 1).min() >= 0:
             return 1.01**step
-    raise ValueError(f"no base below 10^8 keeps {pairs} pairs for each axis above 0 over {max(grid)} cells")
+    raise ValueError(f"no base up to 10^8 keeps K at or above 0 with {pairs} pairs per axis over {max(grid)} cells")
 
 
-def _curve(base: float, pairs: int, span: int) -> Tensor:
-    """K (span + 1,) at Δ = 0 … span."""
-    return (torch.arange(span + 1, dtype=torch.float64)[:, None] * geometric(pairs, base)).cos().mean(dim=-1)
+def _axis_kernel(base: float, pairs: int, max_distance: int) -> Tensor:
+    """K (max_distance + 1,) at Δ = 0 … max_distance along one axis."""
+    return (torch.arange(max_distance + 1, dtype=torch.float64)[:, None] * geometric(pairs, base)).cos().mean(dim=-1)
 
 
-# ---- flattening, biases, leaks ---------------------------------------------------------------------------------------
+# ---- flattening, biases, leaks -------------------------------------------------------------------
 class Flattening(NamedTuple):
-    """What row-major numbers make of distances: see `flattening`."""
+    """How row-major numbering distorts the distances of a grid.
+
+    `anisotropy`: the difference of numbers between neighbours along the first axis, where
+    neighbours along the last axis differ by 1; `wrap`: the largest distance between cells with
+    consecutive numbers; `correlation`: that of differences of numbers with distances, over all
+    pairs of cells.
+    """
 
     anisotropy: int
     wrap: float
@@ -158,14 +164,13 @@ class Flattening(NamedTuple):
 
 
 def flattening(grid: tuple[int, ...]) -> Flattening:
-    """How row-major numbering distorts a grid.
+    """How row-major numbering distorts the distances of a grid.
 
-    `anisotropy`: how far apart it puts neighbours along the first axis, those along the last being at 1; `wrap`: the
-    largest distance of cells with consecutive numbers; `correlation` of number distance and distance over all pairs.
+    Raises ValueError for a grid of fewer than three cells.
     """
     cells = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).view(-1, len(grid))
     if len(cells) < 3:
-        raise ValueError(f"a correlation needs a grid of 3 cells or more, got {grid}")
+        raise ValueError(f"a correlation needs a grid of at least 3 cells, got {grid}")
     number = torch.arange(len(cells), dtype=torch.float64)[:, None]
     pairs = torch.stack((torch.pdist(number), torch.pdist(cells)))
     wrap = (cells[1:] - cells[:-1]).norm(dim=-1).max()
@@ -173,41 +178,41 @@ def flattening(grid: tuple[int, ...]) -> Flattening:
 
 
 def distinct_bias_rows(position: Position, grid: tuple[int, ...], layer: int = 0) -> int:
-    """How many of a grid's prod(2n - 1) displacements a relative bias tells apart, by all heads of a layer together.
+    """How many of a grid's prod(2n - 1) displacements a relative bias distinguishes.
 
-    Counts what is added to logits, by bias or by channels beside, and what content meets in tables. Raises ValueError
-    for a scheme that adds nothing.
+    Two displacements are distinct if any head of the layer treats them differently. Everything that
+    is added to logits counts: biases, products of extra channels, and the table rows that content
+    is multiplied with. Raises ValueError for a scheme that adds nothing.
     """
-    there = offsets(grid).float()
-    encoding = position(torch.zeros(1, len(grid)), key_coords=there)
-    seen = []
+    displacements = offsets(grid).float()
+    encoding = position(torch.zeros(1, len(grid)), key_coords=displacements)
+    parts = []
     bias = encoding.bias(layer)
     if bias is not None:
-        seen.append(bias[0, :, 0])
+        parts.append(bias[0, :, 0])
     if encoding.q.extra and encoding.k is not None and encoding.k.extra:
-        one, two = (side.extra[layer % len(side.extra)][0] for side in (encoding.q, encoding.k) if side.extra)
-        seen.append((one * two).sum(dim=-1))
-    for table, index, _ in encoding.terms(layer, "q", "k", "v"):  # index T is no row
-        seen.append(torch.nn.functional.pad(table, (0, 0, 0, 1))[:, index.flatten()].mT.flatten(0, 1))
-    if not seen:
+        q, k = (side.extra[layer % len(side.extra)][0] for side in (encoding.q, encoding.k) if side.extra)
+        parts.append((q * k).sum(dim=-1))
+    for table, index, _ in encoding.terms(layer, "q", "k", "v"):  # index T means no row
+        parts.append(torch.nn.functional.pad(table, (0, 0, 0, 1))[:, index.flatten()].mT.flatten(0, 1))
+    if not parts:
         raise ValueError("this scheme adds no bias and no relative term to logits")
-    rows = torch.cat([part.detach().double() for part in seen]).t()
+    rows = torch.cat([part.detach().double() for part in parts]).t()
     return len(torch.unique((rows / rows.abs().max().clamp(min=1e-30) * 2**22).round(), dim=0))
 
 
 def padding_leak(mixer: Callable[[Tensor], Tensor], shape: tuple[int, ...], channels: int = 1) -> Tensor:
-    """How far a mixer of maps (1, C, *shape), such as a convolution, tells cells of a constant map apart, by depth.
+    """How much the padding of a mixer of maps, such as a convolution, reveals position.
 
-    Entry d of the result (ceil(min(shape) / 2),) is the largest deviation, relative to the value at the centre, among
-    cells at distance d from the border: zero padding leaks the place of as many cells as it reaches, circular padding
-    of none (arXiv:2001.08248).
+    `mixer` maps (1, C, *shape) to (1, C', *shape) and is applied to a constant map. Entry d of the
+    result (ceil(min(shape) / 2),) is the largest deviation from the value at the centre, relative
+    to that value, among cells at distance d from the border. Zero padding reveals the position of
+    cells within its receptive field of the border, circular padding of none (arXiv:2001.08248).
     """
     with torch.no_grad():
         out = mixer(torch.ones(1, channels, *shape))[0]
     centre = out[(slice(None), *(n // 2 for n in shape))].reshape(-1, *(1 for _ in shape))
     deviation = (out - centre).abs().amax(dim=0) / centre.abs().max().clamp(min=1e-30)
-    inside = torch.stack(
-        torch.meshgrid(*(torch.arange(n).minimum(n - 1 - torch.arange(n)) for n in shape), indexing="ij")
-    )
-    depth = inside.amin(dim=0)
+    to_border = (torch.arange(n).minimum(n - 1 - torch.arange(n)) for n in shape)
+    depth = torch.stack(torch.meshgrid(*to_border, indexing="ij")).amin(dim=0)
     return torch.stack([deviation[depth == d].max() for d in range(int(depth.max()) + 1)])

@@ -1,6 +1,7 @@
-"""What feeding a model takes the process that trains it, beside the training step itself.
+"""The time that the training process spends on preparing data, next to that of a training step.
 
-Seconds are those of this process alone: what workers decode and augment meanwhile costs it only the taking over.
+Only CPU time of this process counts: images that a worker decodes and augments cost it only the
+time to receive them.
 """
 
 import tempfile
@@ -17,32 +18,35 @@ from ..training.data.folder import ImageFolder
 from ..training.data.in_memory import Digits, Images
 from ..training.data.loader import make_loader
 from .measure import Ratio, ratios
-from .model import BATCH, training
+from .model import BATCH, training_step
 
 MODEL, SIZE = "vit_rope_small_patch16_224", 224
-PHOTO, PHOTOS = (500, 375), 64  # pixels, as ImageNet's are on average, and how many files
+PHOTO, PHOTOS = (500, 375), 64  # width and height (the mean of ImageNet) and number of files
 
 
 def bench(rounds: int = 15) -> list[Ratio]:
-    """A batch of digits from memory, against one image at a time; a batch of photographs, against a step of ViT-S."""
+    """Batches of digits from memory, by one indexing operation against image by image.
+
+    Then batches of photographs from files, against a training step of ViT-S.
+    """
     digits = Digits(batch_size=128)
     digits.setup()
-    singly = make_loader(OneByOne(Images(digits.splits["train"], batch=digits.augment)), "train", 128, 0, None)
-    batches = {"one image at a time": _next(singly), "by indexing": _next(digits.train_dataloader())}
-    found = ratios("128 digits from memory", batches, rounds, at_least=0.05)
+    by_image = make_loader(OneByOne(Images(digits.splits["train"], batch=digits.augment)), "train", 128, 0, None)
+    batches = {"one image at a time": _next_batch(by_image), "by indexing": _next_batch(digits.train_dataloader())}
+    results = ratios("128 digits from memory", batches, rounds, at_least=0.05)
     images, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(1000, (BATCH,))
     model = timm.create_model(MODEL, position="axial", img_size=SIZE)
-    runs = {"training step of ViT-S/16": training(model, images, labels, torch.float32)}
+    runs = {"training step of ViT-S/16": training_step(model, images, labels, torch.float32)}
     with tempfile.TemporaryDirectory() as folder:
-        photographs(Path(folder))
+        write_photographs(Path(folder))
         for workers, name in ((0, "decoded and augmented in this process"), (1, "taken over from a worker")):
             photos = ImageFolder(folder, img_size=SIZE, batch_size=BATCH, workers=workers, augment="strong")
-            runs[name] = _next(photos.train_dataloader())
-        return found + ratios(f"{BATCH} photographs of {PHOTO[0]} x {PHOTO[1]}", runs, rounds)
+            runs[name] = _next_batch(photos.train_dataloader())
+        return results + ratios(f"{BATCH} photographs of {PHOTO[0]} x {PHOTO[1]}", runs, rounds)
 
 
 class OneByOne(Dataset[Any]):
-    """The same images as most data sets give them, one by one, to be stacked."""
+    """A data set in memory, read image by image, as most data sets are."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
@@ -54,8 +58,8 @@ class OneByOne(Dataset[Any]):
         return self.images[index]
 
 
-def photographs(folder: Path) -> None:
-    """Write JPEG files that take as long to decode as photographs do: smooth shapes under some noise."""
+def write_photographs(folder: Path) -> None:
+    """Write JPEG files of smooth shapes and noise, which take as long to decode as photographs."""
     generator = torch.Generator().manual_seed(0)
     width, height = PHOTO
     for index in range(PHOTOS):
@@ -68,12 +72,12 @@ def photographs(folder: Path) -> None:
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, quality=90)
 
 
-def _next(batches: Any) -> Callable[[], object]:
-    """A run that takes the next batch, epoch after epoch."""
+def _next_batch(batches: Any) -> Callable[[], object]:
+    """A function that returns the next batch, and starts the next epoch after the last one."""
 
-    def forever() -> Iterator[Any]:
+    def endless() -> Iterator[Any]:
         while True:
             yield from batches
 
-    stream = forever()
+    stream = endless()
     return lambda: next(stream)

@@ -1,4 +1,4 @@
-"""Runs timed in turns and divided within each round, so that what else the machine does falls on all alike."""
+"""Alternating measurements: times are divided within each round, which cancels other load."""
 
 import statistics
 import time
@@ -11,8 +11,11 @@ from rich.progress import track
 
 
 class Ratio(NamedTuple):
-    """What a candidate took against the reference of its group, median and quartiles over the rounds; `took` is the
-    median of what it took itself, in seconds or in bytes."""
+    """What a candidate took relative to the reference of its group.
+
+    `median`, `low` and `high` are the median and the quartiles of the ratio over `rounds` rounds.
+    `took` is the median of what the candidate itself took, in `unit`: seconds ("s") or bytes ("B").
+    """
 
     group: str
     candidate: str
@@ -24,50 +27,55 @@ class Ratio(NamedTuple):
     unit: str = "s"
 
 
-def once(group: str, values: dict[str, float]) -> list[Ratio]:
-    """Bytes, which need no second look, against the first of them."""
-    first = next(iter(values.values()))
-    shares = {name: value / first for name, value in values.items()}
-    return [Ratio(group, name, share, share, share, 1, values[name], "B") for name, share in shares.items()]
+def memory_ratios(group: str, sizes: dict[str, float]) -> list[Ratio]:
+    """Sizes in bytes relative to the first of them; one measurement suffices."""
+    reference = next(iter(sizes.values()))
+    shares = {name: size / reference for name, size in sizes.items()}
+    return [Ratio(group, name, share, share, share, 1, sizes[name], "B") for name, share in shares.items()]
 
 
 def ratios(
     group: str, runs: dict[str, Callable[[], object]], rounds: int, at_least: float = 0.0, paired: str = ""
 ) -> list[Ratio]:
-    """Time every run in turns, after one that is not counted, against the first of them, and against `paired` too.
+    """Time runs alternately, and divide by the first of them, and by `paired` as well if it is
+    given.
 
-    Each round takes the runs in another order. A run shorter than `at_least` seconds is repeated.
+    One more round comes first and does not count. Each round starts with a different run. A run
+    shorter than `at_least` seconds is repeated to last about that long.
     """
     names = list(runs)
-    watch = _device_seconds if torch.cuda.is_available() else _seconds
+    clock = _gpu_seconds if torch.cuda.is_available() else _cpu_seconds
     repeats = dict.fromkeys(names, 1)
-    seen: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in track(range(rounds + 1), description=f"{group:<44}", console=Console(stderr=True)):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            spent = watch(runs[name], repeats[name])
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            elapsed = clock(runs[name], repeats[name])
             if index:
-                seen[name].append(spent)
+                seconds[name].append(elapsed)
             elif at_least:
-                again = watch(runs[name], 1)  # warm by now
-                repeats[name] = max(1, round(at_least / max(again, 1e-7)))
-    found = compared(group, seen, names[0])
+                warm = clock(runs[name], 1)  # the first call may include compilation and caching
+                repeats[name] = max(1, round(at_least / max(warm, 1e-7)))
+    results = time_ratios(group, seconds, names[0])
     if paired in names[1:]:
-        found += compared(f"{group}, against {paired}", seen, paired)
-    return found
+        results += time_ratios(f"{group}, against {paired}", seconds, paired)
+    return results
 
 
-def compared(group: str, seen: dict[str, list[float]], reference: str) -> list[Ratio]:
-    """What each candidate took in each round, against what the reference did in the same."""
-    found = []
-    for name, spent in seen.items():
-        values = [a / b for a, b in zip(spent, seen[reference], strict=True)]
+def time_ratios(group: str, seconds: dict[str, list[float]], reference: str) -> list[Ratio]:
+    """The times of each candidate (one per round) divided by those of the reference in the same
+    round.
+    """
+    results = []
+    for name, times in seconds.items():
+        values = [a / b for a, b in zip(times, seconds[reference], strict=True)]
         low, median, high = statistics.quantiles(values, n=4)
-        found.append(Ratio(group, name, median, low, high, len(values), statistics.median(spent)))
-    return found
+        results.append(Ratio(group, name, median, low, high, len(values), statistics.median(times)))
+    return results
 
 
-def _seconds(run: Callable[[], object], repeats: int) -> float:
+def _cpu_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Seconds per call: CPU time of this process with one thread, wall time with more."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     for _ in range(repeats):
@@ -75,8 +83,10 @@ def _seconds(run: Callable[[], object], repeats: int) -> float:
     return (clock() - start) / repeats
 
 
-def _device_seconds(run: Callable[[], object], repeats: int) -> float:
-    """The same between two events on the GPU's own clock, from one moment when it has nothing to do to the next."""
+def _gpu_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Seconds per call between two CUDA events; the GPU is idle before the first and after the
+    second.
+    """
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

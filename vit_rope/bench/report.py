@@ -1,4 +1,4 @@
-"""Ratios as a table to read, and as CSV or JSON with the conditions they were measured under."""
+"""Reports of ratios: a table on the terminal, and a CSV or JSON file with the conditions."""
 
 import csv
 import importlib.metadata
@@ -18,28 +18,28 @@ from rich.table import Table
 from .measure import Ratio
 
 
-def show(found: Sequence[Ratio]) -> None:
+def show(results: Sequence[Ratio]) -> None:
     """Print ratios as a table."""
-    table = Table("what", "candidate", "ratio", "quartiles", "took", title="against the first of each group")
+    table = Table("group", "candidate", "ratio", "quartiles", "took", title="ratios to the first of each group")
     last = ""
-    for row in found:
+    for row in results:
         if row.group != last and last:
             table.add_section()
-        spread, took = f"{row.low:.3f} to {row.high:.3f}", amount(row.took, row.unit)
-        table.add_row(row.group if row.group != last else "", row.candidate, f"{row.median:.3f}", spread, took)
+        quartiles, took = f"{row.low:.3f} to {row.high:.3f}", amount(row.took, row.unit)
+        table.add_row(row.group if row.group != last else "", row.candidate, f"{row.median:.3f}", quartiles, took)
         last = row.group
     Console().print(table)
 
 
 def amount(value: float, unit: str) -> str:
-    """A value with three digits and a prefix for its unit, such as 1.23 ms."""
+    """A value with three significant digits and a metric prefix, such as 1.23 ms."""
     power = math.floor(math.log10(value) / 3) if value > 0 else 0
     power = min(max(power, -3), 3)
     return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'n', 'µ', 'm')[power]}{unit}"
 
 
-def write(found: Sequence[Ratio], path: Path) -> None:
-    """Write ratios, with the conditions they were measured under, as CSV or as JSON."""
+def write(results: Sequence[Ratio], path: Path) -> None:
+    """Write ratios and the conditions of the run as JSON if the suffix is .json, else as CSV."""
     conditions = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
@@ -47,7 +47,7 @@ def write(found: Sequence[Ratio], path: Path) -> None:
         "commit": commit(),
         "command": "vit-rope " + " ".join(sys.argv[1:]),
     }
-    rows = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row._asdict().items()} for row in found]
+    rows = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row._asdict().items()} for row in results]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         if path.suffix == ".json":
@@ -59,7 +59,7 @@ def write(found: Sequence[Ratio], path: Path) -> None:
 
 
 def processor() -> str:
-    """What the CPU calls itself."""
+    """The model name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -69,7 +69,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of the source, or the version of an installed package."""
-    here = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(here, capture_output=True, text=True) if shutil.which("git") else None
+    """The commit of the source, or the version of the package if it is not in a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
     return done.stdout.strip() if done and not done.returncode else importlib.metadata.version("vit-rope")

@@ -1,4 +1,7 @@
-"""What positions cost a U-Net: training and sampling steps against diffusers' own processor."""
+"""Training and sampling steps of U-Nets with position schemes, against diffusers' own U-Net.
+
+Shapes   x (B, 3, size, size), steps (B,): diffusion time steps
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -9,7 +12,7 @@ from torch import nn
 
 from .measure import Ratio, ratios
 
-UNETS = {  # name: pixels, channels of the levels, which of them attend, batch
+UNETS = {  # name: image size, channels of the levels, which of them have attention, batch size
     "16 x 16, attention at 16, 8": (16, (32, 64), (True, True), 16),
     "32 x 32, attention at 16, 8": (32, (32, 64, 64), (False, True, True), 8),
     "64 x 64, attention at 16, 8": (64, (32, 64, 64, 64), (False, False, True, True), 2),
@@ -17,13 +20,13 @@ UNETS = {  # name: pixels, channels of the levels, which of them attend, batch
 
 
 def bench(specs: Sequence[str] = ("none", "axial", "mixed", "learned"), rounds: int = 15) -> list[Ratio]:
-    """A training step and a sampling step of U-Nets with positions, against diffusers' own U-Net without."""
-    from diffusers import UNet2DModel
+    """Training and sampling steps, against the unchanged U-Net of diffusers and against `none`."""
+    from diffusers import UNet2DModel  # optional, and slow to import
 
     from ..unet.models import add_positions
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = []
+    results = []
     for name, (size, channels, attends, batch) in UNETS.items():
         torch.manual_seed(0)
         stock: Any = UNet2DModel(
@@ -41,10 +44,10 @@ def bench(specs: Sequence[str] = ("none", "axial", "mixed", "learned"), rounds: 
         x, steps = torch.randn(batch, 3, size, size, device=device), torch.arange(batch, device=device)
         unets = {key: unet.to(device) for key, unet in unets.items()}
         training = {key: _training_step(unet, x, steps) for key, unet in unets.items()}
-        found += ratios(f"training step, {name}", training, rounds, paired="none")
+        results += ratios(f"training step, {name}", training, rounds, paired="none")
         sampling = {key: _sampling_step(unet, x, steps) for key, unet in unets.items()}
-        found += ratios(f"sampling step, {name}", sampling, rounds, paired="none")
-    return found
+        results += ratios(f"sampling step, {name}", sampling, rounds, paired="none")
+    return results
 
 
 def _training_step(unet: nn.Module, x: torch.Tensor, steps: torch.Tensor) -> Callable[[], object]:

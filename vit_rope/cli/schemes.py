@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from functools import partial
 
-from ..analysis.catalogue import CLAIMS, _claims
+from ..analysis.catalogue import CLAIMS, claims_of
 from ..positions.specs import _SCHEMES
 
 
@@ -34,7 +34,7 @@ def scheme_table(sort: str = "scheme") -> str:
     for name, factory in sorted(_SCHEMES.items()):
         parameters = list(inspect.signature(factory).parameters.values())[1:]
         options = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
-        rows.append((name, _claims(name), inspect.cleandoc(factory.__doc__ or "").splitlines()[0], options))
+        rows.append((name, claims_of(name), inspect.cleandoc(factory.__doc__ or "").splitlines()[0], options))
     if sort in CLAIMS:
         rows.sort(key=lambda row: not row[1][CLAIMS.index(sort)])
     name_width = max(len(name) for name, *_ in rows)
