@@ -141,7 +141,7 @@ class Position(nn.Module):
         """
         coords = self._check(coords, grid)
         if key_coords is not None:
-            key_coords = places.check(key_coords, self.axes)
+            key_coords = places.check_coords(key_coords, self.axes)
         with no_autocast(coords.device):
             encoding = self.encode(coords, key_coords, grid)
         return after(encoding, prefix, prefix if key_prefix is None else key_prefix)
@@ -151,7 +151,7 @@ class Position(nn.Module):
         return self.add(x, self._check(coords, grid), grid, layer)
 
     def _check(self, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
-        return places.check(coords, self.axes, finite=None if grid is None else False)  # a grid's are sound
+        return places.check_coords(coords, self.axes, finite=None if grid is None else False)  # a grid's are sound
 
 
 class Sum(Position):

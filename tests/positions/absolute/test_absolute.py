@@ -1,4 +1,4 @@
-"""Learned tables and sinusoids against timm's, and between their cells."""
+"""Learned tables and sinusoids against timm, and between cells."""
 
 import math
 
@@ -12,7 +12,7 @@ from vit_rope.positions.coords import grid
 
 
 def vectors(position, coords, shape=None, width=24):
-    """What a scheme adds to tokens at these coordinates (N, C)."""
+    """The vectors (N, C) that a scheme adds to tokens at these coordinates."""
     return position.embed(torch.zeros(1, len(coords), width), coords, shape)[0].detach()
 
 
@@ -25,11 +25,11 @@ def test_learned_tables_are_resampled_as_timm_does(shape):
 
 
 @pytest.mark.parametrize(("shape", "other"), [((5,), (8,)), ((3, 4, 2), (5, 4, 3)), ((2, 3, 2, 2), (3, 2, 4, 2))])
-def test_learned_tables_of_other_axes_are_resampled_linearly(shape, other):
+def test_learned_tables_of_other_numbers_of_axes_are_resampled_linearly(shape, other):
     position = build("learned", Layout(width=24, heads=2, grid=shape))
     got = vectors(position, grid(other), list(other))
-    places = (grid(other) + 0.5) * torch.tensor(shape) / torch.tensor(other) - 0.5  # cells of the same box
-    torch.testing.assert_close(got, vectors(position, places), rtol=0, atol=1e-6)
+    points = (grid(other) + 0.5) * torch.tensor(shape) / torch.tensor(other) - 0.5  # the same extent in cells
+    torch.testing.assert_close(got, vectors(position, points), rtol=0, atol=1e-6)
     if len(shape) == 3:
         table = position.table.detach().movedim(-1, 0)[None]
         want = torch.nn.functional.interpolate(table, other, mode="trilinear")[0].flatten(1).T
@@ -37,7 +37,7 @@ def test_learned_tables_of_other_axes_are_resampled_linearly(shape, other):
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (3, 7)])
-def test_sinusoids_are_those_of_mae(shape):
+def test_sinusoids_match_mae(shape):
     module = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae")
     want = module.build_2d_sinusoidal_position_embedding(*shape, embed_dim=24)
     position = build("sincos", Layout(width=24, heads=2, grid=shape))
@@ -62,31 +62,31 @@ def test_learned_tables_are_linear_between_cells(shape, unit):
     torch.testing.assert_close(
         vectors(position, layout.coords()), position.table.detach().flatten(0, -2), rtol=0, atol=1e-5
     )
-    places = torch.rand(6, len(shape)) * (torch.tensor(shape) - 1)
-    inside = places if unit == "index" else 2 * (places + 0.5) / torch.tensor(shape) - 1
-    for place, got in zip(places, vectors(position, inside), strict=True):
+    cells = torch.rand(6, len(shape)) * (torch.tensor(shape) - 1)
+    coords = cells if unit == "index" else 2 * (cells + 0.5) / torch.tensor(shape) - 1
+    for point, got in zip(cells, vectors(position, coords), strict=True):
         want = torch.zeros(24)
         for cell in torch.tensor([[c] for c in range(math.prod(shape))])[:, 0]:
             index = torch.unravel_index(cell, shape)
-            weight = math.prod(max(0.0, 1 - abs(float(p) - int(i))) for p, i in zip(place, index, strict=True))
+            weight = math.prod(max(0.0, 1 - abs(float(p) - int(i))) for p, i in zip(point, index, strict=True))
             want += weight * position.table.detach()[tuple(index)]
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-def test_learned_tables_go_on_beyond_the_border_as_at_it():
+def test_learned_tables_are_constant_beyond_the_border():
     position = build("learned", Layout(width=24, heads=2, grid=(3, 4)))
     far = vectors(position, torch.tensor([[-5.0, 1.0], [9.0, 99.0]]))
     torch.testing.assert_close(far, position.table.detach()[[0, 2], [1, 3]])
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 7)])
-def test_sinusoids_are_timms(shape):
+def test_sinusoids_match_timm(shape):
     want = build_sincos2d_pos_embed(list(shape), dim=32, temperature=10000.0, interleave_sin_cos=True)
     position = build("sincos", Layout(width=32, heads=2, grid=shape))
     torch.testing.assert_close(vectors(position, grid(shape), width=32), want, rtol=0, atol=1e-5)
 
 
-def test_one_axis_of_sinusoids_is_the_flattened_grid():
+def test_sinusoids_of_one_axis_use_the_flattened_grid():
     position = build("sincos(axes=1)", Layout(width=24, heads=2, grid=(3, 4)))
     got = vectors(position, grid((3, 4)))
     for number in range(12):
@@ -97,14 +97,14 @@ def test_one_axis_of_sinusoids_is_the_flattened_grid():
     torch.testing.assert_close(wider[:12], got, rtol=0, atol=1e-5)
 
 
-def test_channels_that_do_not_divide_stay_zero():
+def test_remaining_channels_are_zero():
     position = build("sincos", Layout(width=28, heads=2, grid=(2, 2, 2)))
     got = vectors(position, grid((2, 2, 2)), width=28)
     assert (got[:, 24:] == 0).all()
     assert (got[:, :24].abs().sum(0) > 0).all()
 
 
-def test_places_are_exact_under_autocast():
+def test_vectors_are_exact_under_autocast():
     position = build("sincos", Layout(width=24, heads=2, grid=(300, 2)))
     want = vectors(position, grid((300, 2)))
     with torch.autocast("cpu", torch.bfloat16):

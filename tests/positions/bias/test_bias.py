@@ -60,7 +60,7 @@ def same(got, want, atol=1e-9):
     torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=atol)
 
 
-# ---- alibi ----------------------------------------------------------------------------------------------------------
+# ---- alibi ---------------------------------------------------------------------------------------
 
 NORMS = {
     "euclidean": lambda delta: math.sqrt(sum(d * d for d in delta)),
@@ -119,7 +119,7 @@ def test_quadratic_alibi_in_bfloat16(heads, size):
         assert (error <= 0.004 * 2 * torch.tensor(slopes(12)) * ((size / 2) ** 2 + 10**2)).all()
 
 
-# ---- lookhere -------------------------------------------------------------------------------------------------------
+# ---- lookhere ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fov", [180, 90, 45])
@@ -158,7 +158,7 @@ def test_lookhere_leaves_no_nan_where_all_keys_are_hidden():
     assert attend(q, k[:, :, :1], v[:, :, :1], encoding).isfinite().all()
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("buckets", "most"), [(32, 128), (32, 14), (32, 9), (16, 20), (8, 64), (4, 50)])
@@ -228,7 +228,7 @@ def test_a_centered_unit_resamples_swins_table():
     same(finer[2, 5], (table[3 + 1] + table[3 + 2]) / 2, atol=1e-5)
 
 
-# ---- kernels and networks -------------------------------------------------------------------------------------------
+# ---- kernels and networks ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -318,7 +318,7 @@ def test_fire(shape, bigger):
             same(logits(position, grid(sizes).double(), layer, grid=list(sizes)), want, atol=1e-5)
 
 
-# ---- products -------------------------------------------------------------------------------------------------------
+# ---- products ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -375,7 +375,7 @@ def test_tupe_r_is_a_sum():
     assert encoding.q.extra is not None
 
 
-# ---- cost, layers, refusals -----------------------------------------------------------------------------------------
+# ---- cost, layers, refusals ----------------------------------------------------------------------
 
 BIASES = [
     "alibi",

@@ -63,7 +63,7 @@ def split(table, sizes):
     return [part.double() for part in table.detach().split(sizes)]
 
 
-# ---- shaw, nezha, decomposed ----------------------------------------------------------------------------------------
+# ---- shaw, nezha, decomposed ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -169,7 +169,7 @@ def test_decomposed_on_any_number_of_axes(shape):
     check(position, shape, logit)
 
 
-# ---- transformerxl, deberta -----------------------------------------------------------------------------------------
+# ---- transformerxl, deberta ----------------------------------------------------------------------
 
 
 def waves(delta, pairs):
@@ -263,7 +263,7 @@ def test_deberta_is_hugging_faces_within_its_reach():
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-# ---- irpe -----------------------------------------------------------------------------------------------------------
+# ---- irpe ----------------------------------------------------------------------------------------
 
 PIECEWISE = [0, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]  # of |Δ| = 0 … 14 at the paper's α, β, γ = 1.9 · (1, 2, 8)
 
@@ -310,7 +310,7 @@ def test_irpe(shape, method, on):
     check(position, shape, logit, (lambda delta: vector(tables[2], delta)) if on == "qkv" else None)
 
 
-# ---- layers, borders, refusals --------------------------------------------------------------------------------------
+# ---- layers, borders, refusals -------------------------------------------------------------------
 
 SPECS = ["shaw", "shaw(values=True)", "decomposed", "transformerxl", "deberta", 'irpe(on="qkv")']
 

@@ -38,8 +38,8 @@ class Bias(Position):
         grid: Sequence[int] | None,
     ) -> Encoding:
         """The biases (B, H, N, M) of each layer, which layers that differ look up for themselves, one at a time."""
-        if displacements.is_whole(coords, key_coords, grid) or (self.costly and grid is not None):
-            delta, index = displacements.across_axes(*displacements.along_axes(self.layout, coords, key_coords, grid))
+        if displacements.within_full_grid(coords, key_coords, grid) or (self.costly and grid is not None):
+            delta, index = displacements.combine_axes(*displacements.along_axes(self.layout, coords, key_coords, grid))
             values = logits(delta)  # (L, H, T)
             if len(values) > 1:
                 return Encoding(terms=[[RelativeTerm(table[..., None], index, "logits")] for table in values])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base import Layout
-from ..grids import read
+from ..grids import interpolate
 from ..specs import register
 from .base import Bias, constants, length
 
@@ -83,7 +83,7 @@ class Swin(Bias):
     def logits(self, delta: Tensor) -> Tensor:
         layers, heads = self.table.shape[0], self.table.shape[-1]
         middle = torch.tensor(self.layout.grid, device=delta.device) - 1
-        values = read(self.table.movedim(0, -1).flatten(-2).to(delta.dtype), delta + middle)
+        values = interpolate(self.table.movedim(0, -1).flatten(-2).to(delta.dtype), delta + middle)
         return values.unflatten(-1, (heads, layers)).movedim((-1, -2), (0, 1))
 
 

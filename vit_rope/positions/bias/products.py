@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..base import Layout, Position, check_pairs
 from ..encoding import Encoding, Transform
-from ..grids import is_whole, read, resample
+from ..grids import interpolate, is_full_grid, resample
 from ..specs import register
 from .base import Bias, constants
 
@@ -84,8 +84,8 @@ class UntiedPositions(Position):
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         table = self.table if grid is None else resample(self.table, grid)
-        vectors = table.flatten(0, -2) if is_whole(coords, grid) else read(table, self.layout.cell(coords, grid))
-        others = vectors if key_coords is None else read(table, self.layout.cell(key_coords, grid))
+        vectors = table.flatten(0, -2) if is_full_grid(coords, grid) else interpolate(table, self.layout.cell(coords, grid))
+        others = vectors if key_coords is None else interpolate(table, self.layout.cell(key_coords, grid))
         return Encoding(
             Transform(extra=self.project(vectors, 0, self.place * self.layout.head_dim**-0.5)),
             Transform(extra=self.project(others, 1, 1.0)),

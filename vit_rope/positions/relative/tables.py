@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import displacements
 from ..base import Layout, check_pairs
 from ..encoding import ActsOn, Encoding, RelativeTerm
-from ..grids import read
+from ..grids import interpolate
 from ..specs import register
 from .base import RelativeTerms, by_layer, clipped, sinusoids
 
@@ -94,7 +94,7 @@ class Decomposed(RelativeTerms):
     def rows(self, axis: int, line: Tensor) -> list[tuple[ActsOn, Tensor]]:
         sizes = [2 * n - 1 for n in self.layout.grid]
         table = self.table.split(sizes, dim=1)[axis].transpose(0, 1)  # (2s - 1, L, D)
-        found = read(table.flatten(1).to(line.dtype), line[:, None] + (self.layout.grid[axis] - 1))
+        found = interpolate(table.flatten(1).to(line.dtype), line[:, None] + (self.layout.grid[axis] - 1))
         found = found.unflatten(-1, table.shape[1:]).transpose(0, 1)[:, None]
         return [("q", found * math.sqrt(self.layout.head_dim))]
 
@@ -134,7 +134,7 @@ class IRPE(RelativeTerms):
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         lines, index = displacements.along_axes(self.layout, coords, key_coords, grid)
-        delta, at = displacements.across_axes(lines, index)
+        delta, at = displacements.combine_axes(lines, index)
         terms = []
         for row in self.buckets(delta):
             where = displacements.look_up(row, at)
