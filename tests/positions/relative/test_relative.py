@@ -1,4 +1,4 @@
-"""Terms of content and displacement against loops in float64 and published implementations."""
+"""Relative schemes against loops in float64 and published implementations."""
 
 import math
 import re
@@ -22,7 +22,7 @@ def layout_of(shape, depth=2):
 
 
 def scheme(spec, layout):
-    """A scheme whose parameters are all random."""
+    """A scheme with random parameters."""
     position = build(spec, layout)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -38,28 +38,28 @@ def qkv(count, seed=1):
 
 def loop(q, k, v, shape, logit, value=None):
     """Attention (H, N, D) with logits logit(h, q_i, k_j, Δ) and values v_j + value(Δ), in float64."""
-    places = oracles.grid(shape)
+    points = oracles.grid(shape)
     out = torch.zeros_like(q[0])
     for h in range(HEADS):
-        for i, place in enumerate(places):
-            deltas = [[b - a for a, b in zip(place, other, strict=True)] for other in places]
+        for i, query in enumerate(points):
+            deltas = [[b - a for a, b in zip(query, key, strict=True)] for key in points]
             weights = torch.stack([logit(h, q[0, h, i], k[0, h, j], d) for j, d in enumerate(deltas)]).softmax(0)
             for j, delta in enumerate(deltas):
                 out[h, i] += weights[j] * (v[0, h, j] + (0 if value is None else value(delta)))
     return out
 
 
-def check(position, shape, logit, value=None, layer=1):
-    """Scattered tokens, a whole grid and one that is said to be so: all are the loop."""
+def assert_equals_loop(position, shape, logit, value=None, layer=1):
+    """Coordinates without a grid, with their grid, and shifted: all equal the loop."""
     q, k, v = qkv(math.prod(shape))
     want, coords = loop(q, k, v, shape, logit, value), grid(shape).double()
-    for where, options in ((coords, {}), (coords, {"grid": list(shape)}), (coords + 7.3, {})):
-        got = attend(q, k, v, position(where, **options), layer)[0].detach()
+    for points, options in ((coords, {}), (coords, {"grid": list(shape)}), (coords + 7.3, {})):
+        got = attend(q, k, v, position(points, **options), layer)[0].detach()
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 def split(table, sizes):
-    """One table for each axis, as float64."""
+    """Split a table into one for each axis, in float64."""
     return [part.double() for part in table.detach().split(sizes)]
 
 
@@ -71,23 +71,23 @@ def split(table, sizes):
 @pytest.mark.parametrize("values", [False, True])
 def test_shaw(shape, clip, values):
     position = scheme(f"shaw(clip={clip}, values={values})", layout_of(shape))
-    reach = [n - 1 if clip is None else clip for n in shape]
-    keys = split(position.keys[1, 0], [2 * n + 1 for n in reach])
-    summed = split(position.values[1, 0], [2 * n + 1 for n in reach]) if values else None
+    limits = [n - 1 if clip is None else clip for n in shape]
+    keys = split(position.keys[1, 0], [2 * n + 1 for n in limits])
+    values_added = split(position.values[1, 0], [2 * n + 1 for n in limits]) if values else None
 
     def vector(tables, delta):
-        rows = zip(tables, reach, delta, strict=True)
+        rows = zip(tables, limits, delta, strict=True)
         return sum(table[max(-n, min(n, d)) + n] for table, n, d in rows)
 
-    check(
+    assert_equals_loop(
         position,
         shape,
         lambda h, q, k, delta: q @ (k + vector(keys, delta)) / math.sqrt(CHANNELS),
-        (lambda delta: vector(summed, delta)) if values else None,
+        (lambda delta: vector(values_added, delta)) if values else None,
     )
 
 
-def test_shaw_is_wav2vec2_berts_on_one_axis():
+def test_shaw_matches_wav2vec2_bert_on_one_axis():
     module = pytest.importorskip("transformers.models.wav2vec2_bert.modeling_wav2vec2_bert")
     config = module.Wav2Vec2BertConfig(
         hidden_size=24,
@@ -105,7 +105,7 @@ def test_shaw_is_wav2vec2_berts_on_one_axis():
     torch.testing.assert_close(attend(q, k, v, position(grid((9,)))), want)
 
 
-def test_shaw_on_keys_and_values_is_vits():
+def test_shaw_on_keys_and_values_matches_the_vits_model():
     module = pytest.importorskip("transformers.models.vits.modeling_vits")
     config = module.VitsConfig(hidden_size=24, num_attention_heads=3, window_size=6, attention_dropout=0.0)
     position = scheme("shaw(values=True)", layout_of((7,)))
@@ -121,14 +121,14 @@ def test_shaw_on_keys_and_values_is_vits():
     torch.testing.assert_close(got, want)
 
 
-def test_shaw_is_botnets_on_an_image():
+def test_shaw_matches_botnet_on_an_image():
     position, (q, k, v) = scheme("shaw", layout_of((3, 4))), qkv(12)
     theirs = PosEmbedRel((3, 4), dim_head=8, scale=1.0).double()
     with torch.no_grad():
-        for mine, parameter in zip(
+        for ours, parameter in zip(
             position.keys[1, 0].split([5, 7]), (theirs.height_rel, theirs.width_rel), strict=True
         ):
-            parameter.copy_(mine)
+            parameter.copy_(ours)
     logits = (q @ k.transpose(-2, -1) + theirs(q[0])[None]) / math.sqrt(8)
     torch.testing.assert_close(attend(q, k, v, position(grid((3, 4))), 1), logits.softmax(-1) @ v)
 
@@ -144,10 +144,10 @@ def test_nezha(shape):
     def logit(h, q, k, delta):
         return q @ (k + vector(delta)) / math.sqrt(CHANNELS)
 
-    check(build("nezha", layout_of(shape)), shape, logit, vector)
+    assert_equals_loop(build("nezha", layout_of(shape)), shape, logit, vector)
 
 
-def test_decomposed_is_sams_with_displacements_turned():
+def test_decomposed_matches_sam_with_reversed_displacements():
     position, (q, k, v) = scheme("decomposed", layout_of((3, 4))), qkv(12)
     rows, columns = split(position.table[1], [5, 7])
     bias = get_decomposed_rel_pos_bias(q[0], rows.flip(0), columns.flip(0), (3, 4), (3, 4))
@@ -163,10 +163,10 @@ def test_decomposed_on_any_number_of_axes(shape):
     tables = split(position.table[1], [2 * n - 1 for n in shape])
 
     def logit(h, q, k, delta):
-        place = sum(table[d + n - 1] for table, n, d in zip(tables, shape, delta, strict=True))
-        return q @ k / math.sqrt(CHANNELS) + q @ place
+        vector = sum(table[d + n - 1] for table, n, d in zip(tables, shape, delta, strict=True))
+        return q @ k / math.sqrt(CHANNELS) + q @ vector
 
-    check(position, shape, logit)
+    assert_equals_loop(position, shape, logit)
 
 
 # ---- transformerxl, deberta ----------------------------------------------------------------------
@@ -182,20 +182,20 @@ def test_transformerxl(shape):
     weight, u, v = (t.detach()[1].double() for t in (position.weight, position.u, position.v))
 
     def logit(h, q, k, delta):
-        place = sum(torch.tensor(waves(d, pairs)).double() @ weight[a] for a, d in enumerate(delta))
-        return ((q + u[h]) @ k + (q + v[h]) @ place.view(HEADS, CHANNELS)[h]) / math.sqrt(CHANNELS)
+        vector = sum(torch.tensor(waves(d, pairs)).double() @ weight[a] for a, d in enumerate(delta))
+        return ((q + u[h]) @ k + (q + v[h]) @ vector.view(HEADS, CHANNELS)[h]) / math.sqrt(CHANNELS)
 
-    check(position, shape, logit)
+    assert_equals_loop(position, shape, logit)
 
 
-def test_transformerxl_is_wav2vec2_berts_with_displacements_turned():
+def test_transformerxl_matches_wav2vec2_bert_with_reversed_displacements():
     module = pytest.importorskip("transformers.models.wav2vec2_bert.modeling_wav2vec2_bert")
     config = module.Wav2Vec2BertConfig(hidden_size=24, num_attention_heads=3, position_embeddings_type="relative")
     position, (q, k, v) = scheme("transformerxl", layout_of((9,))), qkv(9)
     theirs = module.Wav2Vec2BertSelfAttention(config).double()
-    turned = torch.tensor([-1.0, 1.0]).repeat(12)  # sines, cosines
+    reverse = torch.tensor([-1.0, 1.0]).repeat(12)  # signs of sines and cosines
     with torch.no_grad():
-        theirs.linear_pos.weight.copy_((turned[:, None] * position.weight[1, 0]).T)
+        theirs.linear_pos.weight.copy_((reverse[:, None] * position.weight[1, 0]).T)
         theirs.pos_bias_u.copy_(position.u[1])
         theirs.pos_bias_v.copy_(position.v[1])
         offsets = module.Wav2Vec2BertRelPositionalEmbedding(config)(torch.zeros(1, 9, 24)).double()
@@ -205,7 +205,7 @@ def test_transformerxl_is_wav2vec2_berts_with_displacements_turned():
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-def test_transformerxl_is_xlnets_with_displacements_turned():
+def test_transformerxl_matches_xlnet_with_reversed_displacements():
     module = pytest.importorskip("transformers.models.xlnet.modeling_xlnet")
     config = module.XLNetConfig(d_model=24, n_head=3, d_head=8, n_layer=1, d_inner=8, vocab_size=2, dropout=0.0)
     position, (q, k, v) = scheme("transformerxl", layout_of((9,))), qkv(9)
@@ -214,9 +214,9 @@ def test_transformerxl_is_xlnets_with_displacements_turned():
     with torch.no_grad():
         theirs.r_w_bias.copy_(position.u[1])
         theirs.r_r_bias.copy_(position.v[1])
-        places = module.XLNetModel(config).double().relative_positional_encoding(9, 9, 1).double()
-        places = torch.einsum("ibh,hnd->ibnd", places, torch.cat((-weight[:, 0], weight[:, 1])))
-        want = theirs.rel_attn_core(*(x.permute(2, 0, 1, 3) for x in (q, k, v)), places).permute(1, 2, 0, 3)
+        vectors = module.XLNetModel(config).double().relative_positional_encoding(9, 9, 1).double()
+        vectors = torch.einsum("ibh,hnd->ibnd", vectors, torch.cat((-weight[:, 0], weight[:, 1])))
+        want = theirs.rel_attn_core(*(x.permute(2, 0, 1, 3) for x in (q, k, v)), vectors).permute(1, 2, 0, 3)
         got = attend(q, k, v, position(grid((9,)).double()), 1)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
@@ -225,22 +225,22 @@ def test_transformerxl_is_xlnets_with_displacements_turned():
 @pytest.mark.parametrize("clip", [None, 1])
 def test_deberta(shape, clip):
     position = scheme(f"deberta(clip={clip})", layout_of(shape))
-    reach = [n - 1 if clip is None else clip for n in shape]
-    tables = split(position.vectors, [2 * n + 1 for n in reach])
+    limits = [n - 1 if clip is None else clip for n in shape]
+    tables = split(position.vectors, [2 * n + 1 for n in limits])
     to_keys, to_queries = position.projections.detach()[:, 1].double()
 
     def logit(h, q, k, delta):
         total = q @ k
-        for table, n, d in zip(tables, reach, delta, strict=True):
-            ahead, back = (table[max(-n, min(n, x)) + n] for x in (d, -d))
-            total = total + q @ (ahead @ to_keys).view(HEADS, CHANNELS)[h]
-            total = total + k @ (back @ to_queries).view(HEADS, CHANNELS)[h]
+        for table, n, d in zip(tables, limits, delta, strict=True):
+            forward, backward = (table[max(-n, min(n, x)) + n] for x in (d, -d))
+            total = total + q @ (forward @ to_keys).view(HEADS, CHANNELS)[h]
+            total = total + k @ (backward @ to_queries).view(HEADS, CHANNELS)[h]
         return total / math.sqrt((1 + 2 * len(shape)) * CHANNELS)
 
-    check(position, shape, logit)
+    assert_equals_loop(position, shape, logit)
 
 
-def test_deberta_is_hugging_faces_within_its_reach():
+def test_deberta_matches_transformers_within_the_clip():
     module = pytest.importorskip("transformers.models.deberta.modeling_deberta")
     options = {"relative_attention": True, "max_relative_positions": 8, "pos_att_type": ["c2p", "p2c"]}
     config = module.DebertaConfig(hidden_size=24, num_attention_heads=3, **options)
@@ -256,7 +256,7 @@ def test_deberta_is_hugging_faces_within_its_reach():
         relative = module.build_relative_position(q, k)
         theirs.pos_att_type = ["c2p"]
         bias = theirs.disentangled_att_bias(q / math.sqrt(24), k, relative, embeddings, 3)
-        theirs.pos_att_type = ["p2c"]  # published code takes query - key here, the paper key - query
+        theirs.pos_att_type = ["p2c"]  # the published code uses query - key here, the paper key - query
         bias = bias + theirs.disentangled_att_bias(q, k, relative, embeddings.flip(0).roll(1, 0), 3)
         want = (q @ k.transpose(-2, -1) / math.sqrt(24) + bias).softmax(-1) @ v
         got = attend(q, k, v, position(grid((8,)).double()), 1)
@@ -265,11 +265,27 @@ def test_deberta_is_hugging_faces_within_its_reach():
 
 # ---- irpe ----------------------------------------------------------------------------------------
 
-PIECEWISE = [0, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]  # of |Δ| = 0 … 14 at the paper's α, β, γ = 1.9 · (1, 2, 8)
+PIECEWISE = [
+    0,
+    1,
+    2,
+    2,
+    3,
+    3,
+    3,
+    3,
+    3,
+    3,
+    3,
+    3,
+    3,
+    3,
+    3,
+]  # |Δ| = 0 … 14 with the α, β, γ = 1.9 · (1, 2, 8) of the paper
 
 
 def piecewise(x, ratio):
-    """Equation 18 of the paper, cut at β and then to whole numbers as its code does."""
+    """Equation 18 of the paper, limited to β and rounded to integers as in its code."""
     if abs(x) <= ratio:
         return round(x)
     y = min(2 * ratio, round(ratio + math.log(abs(x) / ratio) / math.log(8) * ratio))
@@ -277,7 +293,7 @@ def piecewise(x, ratio):
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.9, 2.5])
-def test_irpe_buckets_are_the_papers(ratio):
+def test_irpe_buckets_match_the_paper(ratio):
     position = build(f"irpe(ratio={ratio})", layout_of((14, 14)))
     got = position.bucket(torch.arange(-40.0, 41))
     assert got.tolist() == [piecewise(x, ratio) for x in range(-40, 41)]
@@ -294,20 +310,20 @@ def test_irpe(shape, method, on):
     tables = position.table.detach()[:, 1, 0].double()
 
     def vector(table, delta):
-        found = [piecewise(d, 1.5) + 3 for d in delta]
+        buckets = [piecewise(d, 1.5) + 3 for d in delta]
         if method == "euclidean":
             return table[piecewise(round(math.sqrt(sum(d * d for d in delta))), 1.5)]
         if method == "quant":
             return table[piecewise(sum(d * d for d in delta), 1.5)]
         if method == "cross":
-            return sum(table[7 * a + b] for a, b in enumerate(found))
-        return table[sum(b * 7 ** (len(shape) - 1 - a) for a, b in enumerate(found))]
+            return sum(table[7 * a + b] for a, b in enumerate(buckets))
+        return table[sum(b * 7 ** (len(shape) - 1 - a) for a, b in enumerate(buckets))]
 
     def logit(h, q, k, delta):
         total = q @ k + q @ vector(tables[0], delta)
         return (total if on == "k" else total + k @ vector(tables[1], delta)) / math.sqrt(CHANNELS)
 
-    check(position, shape, logit, (lambda delta: vector(tables[2], delta)) if on == "qkv" else None)
+    assert_equals_loop(position, shape, logit, (lambda delta: vector(tables[2], delta)) if on == "qkv" else None)
 
 
 # ---- layers, borders, refusals -------------------------------------------------------------------
@@ -316,7 +332,7 @@ SPECS = ["shaw", "shaw(values=True)", "decomposed", "transformerxl", "deberta", 
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_layers_gradient_is_its_own(spec):
+def test_attention_in_a_layer_has_gradients_for_that_layer_only(spec):
     position, (q, k, v) = scheme(spec, layout_of((3, 4), depth=3)), qkv(12)
     attend(q, k, v, position(grid((3, 4)).double(), grid=[3, 4]), 1).square().sum().backward()
     for name, parameter in position.named_parameters():
@@ -328,15 +344,15 @@ def test_a_layers_gradient_is_its_own(spec):
 
 
 @pytest.mark.parametrize("spec", [*SPECS, "nezha"])
-def test_a_dropped_tokens_terms_are_its_grids(spec):
+def test_terms_do_not_change_when_tokens_are_dropped(spec):
     layout = Layout(width=24, heads=3, grid=(3, 4), depth=2, unit="centered")
     position, coords, keep = scheme(spec, layout), layout.coords((5, 4)).double(), [0, 3, 7, 18]
     q, k, v = qkv(20)
     mask = torch.zeros(20, dtype=torch.bool)
     mask[keep] = True
-    whole = attend(q, k, v, position(coords, grid=[5, 4]), 1, mask=mask[None])[:, :, keep]
-    some = attend(*(t[:, :, keep] for t in (q, k, v)), position(coords[keep], grid=[5, 4]), 1)
-    torch.testing.assert_close(some, whole, rtol=0, atol=1e-5)
+    full = attend(q, k, v, position(coords, grid=[5, 4]), 1, mask=mask[None])[:, :, keep]
+    part = attend(*(t[:, :, keep] for t in (q, k, v)), position(coords[keep], grid=[5, 4]), 1)
+    torch.testing.assert_close(part, full, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
