@@ -37,7 +37,7 @@ def qkv(count, seed=1):
 
 
 def loop(q, k, v, shape, logit, value=None):
-    """Attention (H, N, D) with logits logit(h, q_i, k_j, Δ) and values v_j + value(Δ), in float64."""
+    """Attention (H, N, D) with logits logit(h, q_i, k_j, Δ) and values v_j + value(Δ)."""
     points = oracles.grid(shape)
     out = torch.zeros_like(q[0])
     for h in range(HEADS):
