@@ -26,8 +26,7 @@ def grid(
     origin: float | str | Sequence[float] = 0.0,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return coordinates (N, A), in float32 and row-major order, of a grid of N = prod(shape)
-    cells.
+    """Return coordinates (N, A) of a grid of N = prod(shape) cells, in float32, row-major.
 
     `unit` is one of:
 

@@ -60,8 +60,7 @@ class Recurrent(Absolute):
 
 @register
 class Floater(Absolute):
-    """Vectors along a learned flow, p(t) = p(0) + ∫ h(s, p(s)) ds, added in every
-    layer.
+    """Vectors p(t) = p(0) + ∫ h(s, p(s)) ds of a learned flow, added before every layer.
 
     FLOATER (arXiv:2003.09229) along each axis. h is an MLP with one hidden layer for each axis,
     shared by all layers. The integral runs from 0 to t, which is 1 at the end of the training grid.

@@ -35,8 +35,7 @@ def slopes(heads: int) -> list[float]:
 
 @register
 class ALiBi(Bias):
-    """A penalty -m_h ‖Δ‖ that grows with distance, with a slope m_h for each head
-    (arXiv:2108.12409).
+    """A penalty -m_h ‖Δ‖ on distance, with a slope m_h for each head (arXiv:2108.12409).
 
     `distance` is "euclidean" (2-D ALiBi of CROMA, arXiv:2311.00566), "manhattan", or "quadratic".
     The quadratic penalty -m_h ‖Δ‖² needs no mask and keeps flash attention, because ‖Δ‖² is an
@@ -126,9 +125,7 @@ class LookHere(Bias):
 
 
 def view_directions(axes: int, fov: int) -> list[tuple[float, ...]]:
-    """Return unit vectors (A,): both ways along each axis, or the eighths of each plane of two
-    axes.
-    """
+    """Return unit vectors (A,): two along each axis, or for 45 degrees eight in each plane."""
     if fov > 45:
         return [tuple(sign * (i == a) for i in range(axes)) for a in range(axes) for sign in (-1.0, 1.0)]
     cos, sin = math.cos(math.pi / 8), math.sin(math.pi / 8)

@@ -22,8 +22,7 @@ from .base import Bias, constants, length
 
 @register
 class T5(Bias):
-    """A learned logit for each bucket of distances along each axis, summed over axes
-    (arXiv:1910.10683).
+    """A learned logit for each bucket of distances, summed over the axes (arXiv:1910.10683).
 
     All layers share it. For images this is the bias of UDOP (arXiv:2212.02623). Each direction has
     half of the buckets: one for each of the first buckets / 4 cells, then increasingly wide ones up
@@ -70,13 +69,13 @@ class T5(Bias):
 
 @register
 class Swin(Bias):
-    """A learned logit for each displacement on the training grid, layer and head
-    (arXiv:2103.14030).
+    """A learned logit for each displacement, layer and head (arXiv:2103.14030).
 
-    The table (L, 2s - 1 for each axis, H) is interpolated linearly. BEiT (arXiv:2106.08254), MaxViT
-    and others use the same bias. Swin and timm's `RelPosBias` define Δ = query - key, so their
-    `relative_position_bias_table` converts by `table.view(2h - 1, 2w - 1, H).flip(0, 1)`, without
-    BEiT's three rows for a class token. MaxViT's table needs no flip.
+    The table (L, 2s - 1 for each axis, H) covers the training grid and is interpolated linearly.
+    BEiT (arXiv:2106.08254), MaxViT and others use the same bias. Swin and timm's `RelPosBias`
+    define Δ = query - key, so their `relative_position_bias_table` converts by `table.view(2h - 1,
+    2w - 1, H).flip(0, 1)`, without BEiT's three rows for a class token. MaxViT's table needs no
+    flip.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -119,9 +118,7 @@ class Kerple(Bias):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw r1 and r2 uniformly, up to 2 and 1 for "log", 1 and the largest exponent for
-        "power".
-        """
+        """Draw r1 and r2 uniformly: "log" up to 2 and 1, "power" up to 1 and `max_exponent`."""
         first, second = torch.rand_like(self.rates).clamp(0.01, 0.99)
         second = second.expm1().log() if self.kind == "log" else second.logit()
         first = ((2 if self.kind == "log" else 1) * first).expm1().log()

@@ -19,10 +19,9 @@ from .base import Bias, length
 
 
 class LayerwiseMLP(nn.Module):
-    """An MLP with one hidden layer for each of L layers: (L or 1, X, I) inputs to (L, X, O)
-    outputs.
+    """An MLP with one hidden layer for each of L layers.
 
-    The outputs have no bias, because a softmax would cancel it.
+    It maps (L or 1, X, I) to (L, X, O). The output has no bias, because a softmax would cancel it.
     """
 
     def __init__(self, layers: int, inputs: int, width: int, outputs: int) -> None:
@@ -40,6 +39,7 @@ class LayerwiseMLP(nn.Module):
             nn.init.uniform_(weight, -(fan.shape[1] ** -0.5), fan.shape[1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map inputs (L or 1, X, I) to outputs (L, X, O), in the dtype of the inputs."""
         inward, bias, outward = (t.to(x.dtype) for t in (self.inward, self.bias, self.outward))
         return (x @ inward + bias).relu() @ outward
 
@@ -99,9 +99,7 @@ class FIRE(Bias):
         return self.bias_encoding(logits, coords, key_coords, grid)
 
     def max_distance(self, grid: Sequence[int], coords: Tensor) -> Tensor:
-        """Return the longest distance () on a grid, at least 1, on the device and in the dtype of
-        `coords`.
-        """
+        """Return the longest distance () on a grid, at least 1, with the dtype of `coords`."""
         cells = self.layout.cell(self.layout.coords(grid, coords.device).to(coords.dtype))
         return length(cells[-1] - cells[0], self.distance).clamp(min=1)
 

@@ -24,8 +24,7 @@ from .base import Bias, constants
 
 @register
 class Sandwich(Bias):
-    """The inner product of the sinusoids of two tokens, weaker from head to head
-    (arXiv:2212.10356).
+    """The inner product of the sinusoids of two tokens (arXiv:2212.10356).
 
     The bias is Σ_a Σ_j (cos(θ_j Δ_a) - 1) · H / 8h for head h = 1 … H, with θ_j = base^(-j/P) and P
     = channels // 2A pairs for each axis, and Δ in cells of the training grid. The sinusoids are
@@ -67,11 +66,11 @@ class Sandwich(Bias):
 
 
 class UntiedPositions(Position):
-    """Logits (content · q_i · k_j + position · p_i U_q · p_j U_k) / sqrt(D), with learned vectors p
-    of positions.
+    """Logits (content · q_i · k_j + position · p_i U_q · p_j U_k) / sqrt(D), with learned p.
 
-    `content` and `position` are constant weights. The table (*grid, C) of the vectors p is
-    resampled to other grids as by `learned`. Vectors are normalized and projected to all heads.
+    `content` and `position` are constant weights. p are vectors of positions; their table (*grid,
+    C) is resampled to other grids as by `learned`. Vectors are normalized and projected to all
+    heads.
     """
 
     reversible = True

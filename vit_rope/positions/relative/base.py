@@ -57,9 +57,7 @@ def by_layer(terms: list[list[RelativeTerm]]) -> list[list[RelativeTerm]]:
 
 
 def clipped_rows(line: Tensor, clip: int) -> Tensor:
-    """Return the rows (T,) of displacements in a table of those from -clip to clip, in integer
-    cells.
-    """
+    """Return the rows (T,) of displacements in a table for the integers from -clip to clip."""
     return line.round().clamp(-clip, clip).long() + clip
 
 

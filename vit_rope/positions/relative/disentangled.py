@@ -23,8 +23,7 @@ from .base import RelativeTerms, by_layer, clipped_rows, sinusoids
 
 @register
 class TransformerXL(RelativeTerms):
-    """((q_i + u) · k_j + (q_i + v) · Σ_a W_a R(Δ_a)) / sqrt(D), with sinusoids R
-    (arXiv:1901.02860).
+    """((q_i + u) · k_j + (q_i + v) · Σ_a W_a R(Δ_a)) / sqrt(D), R sinusoids (arXiv:1901.02860).
 
     XLNet (arXiv:1906.08237) has the same terms. u, v (L, H, D) and W (L, A, channels, H · D) are
     learned. R has an equal share of the width for each axis. The papers define Δ = query - key,

@@ -25,13 +25,12 @@ from .base import RelativeTerms, by_layer, clipped_rows, sinusoids
 
 @register
 class Shaw(RelativeTerms):
-    """q_i · (k_j + Σ_a r_a[Δ_a]) / sqrt(D), r learned for each layer, shared by heads
-    (arXiv:1803.02155).
+    """q_i · (k_j + Σ_a r_a[Δ_a]) / sqrt(D), with learned tables r (arXiv:1803.02155).
 
-    Displacements beyond `clip` cells are clipped. By default this is the largest displacement of
-    the training grid; on images the terms are then those of BoTNet (arXiv:2101.11605). With
-    values=True, Σ_j a_ij w_a[Δ_a] from a second table is added to the outputs. Raises ValueError
-    for a clip below 1.
+    Each layer has its own r, shared by its heads. Displacements beyond `clip` cells are clipped. By
+    default this is the largest displacement of the training grid; on images the terms are then
+    those of BoTNet (arXiv:2101.11605). With values=True, Σ_j a_ij w_a[Δ_a] from a second table is
+    added to the outputs. Raises ValueError for a clip below 1.
     """
 
     def __init__(self, layout: Layout, clip: int | None = None, values: bool = False) -> None:
@@ -152,9 +151,7 @@ class IRPE(RelativeTerms):
         return Encoding(terms=by_layer(terms))
 
     def buckets(self, delta: Tensor) -> list[Tensor]:
-        """Return the rows (T,) of displacements (T, A), as a list with one entry, or one for each
-        axis.
-        """
+        """Return lists of rows (T,) of displacements (T, A): one, or one for each axis."""
         if self.method == "euclidean":
             return [self.bucket(delta.norm(dim=-1).round())]
         if self.method == "quant":
