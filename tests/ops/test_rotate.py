@@ -1,4 +1,4 @@
-"""`ops.rotate` in all layouts and dtypes: in place or not, forward, backward and double backward."""
+"""`ops.rotate` in all layouts and dtypes: in place or not, forward, backward, twice backward."""
 
 import math
 

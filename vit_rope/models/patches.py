@@ -79,7 +79,7 @@ class PatchEmbedNd(nn.Module):
 class PatchCoordinates(nn.Module):
     """Where the patches of images (B, C, *sizes) are: checks the images and makes, or checks, coordinates.
 
-    In training they are varied by `augment`, the options of `coords.augment_coords`. A module of its own so that tracers take
+    In training `augment` varies them, the options of `augment_coords`. A module of its own so that tracers take
     it as one step and nothing in it becomes part of their graph.
     """
 

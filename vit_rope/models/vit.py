@@ -60,7 +60,7 @@ class RopeViT(VisionTransformer):
 
     Takes every argument of timm's class but `attn_layer` and `block_fn`. `position_unit` and `position_origin` say how
     patches get coordinates, as in `positions.coords.grid`, and `position_shift`, `position_jitter`, `position_rescale`
-    how training varies them, as in `coords.augment_coords`; class and register tokens have no place. `attention` is "softmax"
+    how training varies them, as in `augment_coords`; class and register tokens have no place. `attention` is "softmax"
     or "linear" (`attention.attend_linear`). `memory_tokens` are registers, the last of them, that a call may be given
     from an earlier one (`memory.Reader`). timm's own table (`pos_embed="learn"`, which also has a row for the class
     token) is off unless asked for. `img_size` and `patch_size` of one or three numbers make a model of signals or of

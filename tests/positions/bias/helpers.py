@@ -6,7 +6,6 @@ import torch
 
 from tests import oracles
 from vit_rope.positions import Layout, build
-from vit_rope.positions.encoding import bias_at
 
 SHAPES = [(5,), (3, 4), (2, 3, 2)]
 
@@ -28,7 +27,7 @@ def scheme(spec, layout, seed=0):
 def logits(position, coords, layer=0, **options):
     """The total (H, N, M) that a scheme adds to the logits, by a bias or by extra channels."""
     encoding = position(coords, **options)
-    bias = bias_at(encoding, layer)
+    bias = encoding.bias(layer)
     total = 0 if bias is None else bias[0]
     if encoding.q.extra:
         q, k = (part.extra[layer % len(part.extra)][0] for part in (encoding.q, encoding.k))

@@ -11,7 +11,6 @@ from vit_rope.attention import attend, attend_qkv
 from vit_rope.models.vit import RopeViT
 from vit_rope.positions import Layout, build
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import bias_at, rotates_only
 
 BIASES = [
     "alibi",
@@ -65,7 +64,7 @@ def test_gradients_of_looked_up_biases_equal_those_of_pairs(spec):
         position = scheme(spec, layout)
         encoding = position(grid((3, 4)).double(), grid=sizes)
         layers = range(layout.depth if spec != "t5" else 1)
-        sum((bias_at(encoding, layer) * weights[layer]).sum() for layer in layers).backward()
+        sum((encoding.bias(layer) * weights[layer]).sum() for layer in layers).backward()
         grads.append([p.grad for p in position.parameters()])
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -83,7 +82,7 @@ def test_layers_that_differ_look_up_their_biases_one_at_a_time(spec):
 def test_a_bias_with_a_rotation_keeps_the_fast_path():
     layout = Layout(width=24, heads=3, grid=(3, 4), depth=2)
     encoding = scheme("swin + axial(share='rest')", layout)(layout.coords(), prefix=1, grid=[3, 4])
-    assert rotates_only(encoding)
+    assert encoding.rotates_only()
     qkv = torch.randn(2, 13, 72, generator=torch.Generator().manual_seed(1))
     q, k, v = qkv.view(2, 13, 3, 3, 8).permute(2, 0, 3, 1, 4)
     for layer in range(2):

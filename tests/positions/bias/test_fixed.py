@@ -41,7 +41,7 @@ def test_quadratic_alibi_equals_its_bias_without_a_mask(prefix, monkeypatch):
     q, k, v = torch.randn(3, 2, 3, prefix + 12, 8, dtype=torch.float64)
     encoding = position(coords, prefix)
     bias = F.pad(loop(lambda h, d: -[2**-4, 2**-8, 2**-2][h] * NORMS["quadratic"](d), (3, 4)), (prefix, 0, prefix, 0))
-    want = attend(q, k, v, build("axial", layout_of((3, 4)))(coords, prefix)._replace(bias=[bias[None]]))
+    want = attend(q, k, v, build("axial", layout_of((3, 4)))(coords, prefix)._replace(biases=[bias[None]]))
     seen, kernel = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(a[3]) or kernel(*a, **k))
     same(attend(q, k, v, encoding), want)

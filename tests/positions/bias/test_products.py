@@ -23,7 +23,7 @@ def test_sandwich_is_the_inner_product_of_sinusoids(shape, flash):
 
     same(logits(position, grid(shape).double() + 40.25), loop(product, shape))
     encoding = position(grid(shape))
-    assert (encoding.bias is None, encoding.q.extra is None) == (flash, not flash)
+    assert (encoding.biases is None, encoding.q.extra is None) == (flash, not flash)
 
 
 def test_sandwich_on_one_axis_matches_the_paper():
@@ -64,5 +64,5 @@ def test_tupe_r_is_a_sum():
     both = scheme("tupe + t5", layout)
     encoding = both(grid((3, 4)))
     assert encoding.scale == 2**-0.5
-    assert encoding.bias is not None
+    assert encoding.biases is not None
     assert encoding.q.extra is not None

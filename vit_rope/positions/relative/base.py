@@ -47,7 +47,7 @@ class RelativeTerms(Position):
         for axis, line in enumerate(lines):
             for acts_on, tables in self.rows(axis, line):
                 terms.append([RelativeTerm(table, index[axis], acts_on) for table in tables])
-        return Encoding(terms=by_layer(terms))
+        return Encoding(term_lists=by_layer(terms))
 
 
 def by_layer(terms: list[list[RelativeTerm]]) -> list[list[RelativeTerm]]:

@@ -55,7 +55,7 @@ class TransformerXL(RelativeTerms):
             terms.append([RelativeTerm(table, axis_index, "q") for table in tables])
             biases = (self.v.to(line.dtype)[:, :, None] * tables).sum(dim=-1, keepdim=True)  # (L, H, T, 1)
             terms.append([RelativeTerm(bias * self.layout.head_dim**-0.5, axis_index, "logits") for bias in biases])
-        return Encoding(terms=by_layer(terms))
+        return Encoding(term_lists=by_layer(terms))
 
     def rows(self, axis: int, line: Tensor) -> list[tuple[ActsOn, Tensor]]:
         table = sinusoids(line, self.pairs, self.base) @ self.weight[:, axis].to(line.dtype)  # (L, T, H · D)

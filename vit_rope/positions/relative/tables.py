@@ -148,7 +148,7 @@ class IRPE(RelativeTerms):
             pair_rows = displacements.look_up(rows, pair_index)
             for acts_on, tables in zip(self.acts_on, self.table, strict=True):
                 terms.append([RelativeTerm(table, pair_rows, acts_on) for table in tables])
-        return Encoding(terms=by_layer(terms))
+        return Encoding(term_lists=by_layer(terms))
 
     def buckets(self, delta: Tensor) -> list[Tensor]:
         """Return lists of rows (T,) of displacements (T, A): one, or one for each axis."""
