@@ -11,7 +11,8 @@ from tests import oracles
 from vit_rope.attention import attend, attend_qkv
 from vit_rope.positions import Encoding, Layout, build
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import RelativeTerm, Transform
+from vit_rope.positions.encoding import RelativeTerm
+from vit_rope.positions.transform import Transform
 
 COORDS = grid((2, 3)).double()
 ROTARY = build("mixed", Layout(width=16, heads=2, grid=(2, 3), depth=3))(COORDS, prefix=1)

@@ -1,8 +1,9 @@
 """Attention under a position encoding: the one place where queries, keys and values meet positions.
 
-A position scheme is a function of coordinates. Attention asks it what to do and never asks which scheme it is.
+A position scheme is a function of coordinates. Attention asks it what to do and never asks which
+scheme it is.
 
-Shapes   B samples, H heads, N queries, M keys and values, D channels of a head, E channels of a value
+Shapes   B samples, H heads, N queries, M keys, D channels of a head, E channels of a value
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks
 
 from .ops.rotate import rotate_groups
-from .positions.encoding import Encoding, RelativeTerm, Transform, check_tokens
+from .positions.encoding import Encoding, RelativeTerm
+from .positions.transform import Transform, check_tokens
 
 
 @torch.fx.wrap
@@ -30,11 +32,12 @@ def attend(
     fused: bool = True,
     overwrite: bool = False,
 ) -> Tensor:
-    """Softmax attention (B, H, N, D) of queries (B, H, N, D) over keys and values (B, H, M, D) with their positions.
+    """Softmax attention (B, H, N, D) of queries (B, H, N, D) over keys and values (B, H, M, D) with
+    their positions.
 
-    `mask`, broadcastable to (B, H, N, M), is True where a query may attend, or is added to the scaled
-    logits; `causal` hides later keys. An encoding without a bias leaves the mask as it is, so that
-    flash kernels can be used. `fused=False` computes the softmax explicitly, for exporters.
+    `mask`, broadcastable to (B, H, N, M), is True where a query may attend, or is added to the
+    scaled logits; `causal` hides later keys. An encoding without a bias leaves the mask as it is,
+    so that flash kernels can be used. `fused=False` computes the softmax explicitly, for exporters.
     `overwrite` allows the rotation to overwrite q and k. Keys and values may have fewer heads, each
     shared by a group of query heads. Raises ValueError where the encoding is for another number of
     tokens, or where mask and causal are both given.
@@ -106,12 +109,13 @@ def attend_linear(
     mask: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Linear attention (B, H, N, E) of queries (B, H, N, D) over keys (B, H, M, D) and values (B, H, M, E).
+    """Linear attention (B, H, N, E) of queries (B, H, N, D) over keys (B, H, M, D) and values (B,
+    H, M, E).
 
     out_i = sum_j (R_i f(q_i)) · (R_j f(k_j)) v_j / sum_j f(q_i) · f(k_j) with features f = elu + 1
     (arXiv:2006.16236). Positions rotate the numerator only, because the denominator must stay
-    positive (RoFormer, arXiv:2104.09864, section 3.3). `mask` (…, 1, M) is True for keys that may be
-    seen. Raises ValueError for any other mask, for causal attention, and for an encoding that
+    positive (RoFormer, arXiv:2104.09864, section 3.3). `mask` (…, 1, M) is True for keys that may
+    be seen. Raises ValueError for any other mask, for causal attention, and for an encoding that
     `check_linear` refuses.
     """
     if causal or (mask is not None and (mask.dtype != torch.bool or mask.ndim < 2 or mask.shape[-2] != 1)):
@@ -131,7 +135,8 @@ def attend_linear(
 
 
 def attend_features(q: Tensor, k: Tensor, v: Tensor, encoding: Encoding, layer: int = 0) -> Tensor:
-    """The numerator (B, H, N, E) of linear attention, of queries and keys that are normalised features already.
+    """The numerator (B, H, N, E) of linear attention, of queries and keys that are normalised
+    features already.
 
     An encoding's temperature does nothing here: it would scale the weights and their sum alike.
     Raises ValueError for an encoding that `check_linear` refuses.
@@ -150,7 +155,9 @@ def check_linear(encoding: Encoding) -> None:
 
 
 def has_no_hooks(*projections: nn.Module) -> bool:
-    """Whether only attention sees the outputs of these modules: a forward hook may keep them (e.g. DINO's keys)."""
+    """Whether only attention sees the outputs of these modules: a forward hook may keep them (e.g.
+    DINO's keys).
+    """
     return not (_global_forward_hooks or any(module._forward_hooks for module in projections))
 
 
@@ -164,7 +171,9 @@ def _explicit(
     scale: float,
     values: Sequence[RelativeTerm],
 ) -> Tensor:
-    """Attention step by step, for exporters and for terms that act on values, which need the weights."""
+    """Attention step by step, for exporters and for terms that act on values, which need the
+    weights.
+    """
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     logits = q * scale @ k.transpose(-2, -1)

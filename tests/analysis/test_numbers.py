@@ -12,7 +12,8 @@ from vit_rope.analysis import kernel, reversibility_margin
 from vit_rope.analysis.catalogue import CLAIMS, specs_for
 from vit_rope.cli.schemes import scheme_table
 from vit_rope.positions import Encoding, Layout, Position, Rotary, build, schemes
-from vit_rope.positions.encoding import RelativeTerm, Transform
+from vit_rope.positions.encoding import RelativeTerm
+from vit_rope.positions.transform import Transform
 
 
 @pytest.mark.parametrize(

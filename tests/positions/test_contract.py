@@ -13,7 +13,7 @@ from vit_rope.attention import attend
 from vit_rope.models.vit import RopeViT
 from vit_rope.positions import Encoding, Position
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import Transform
+from vit_rope.positions.transform import Transform
 
 
 def tokens(layout, batch=2, seed=1):

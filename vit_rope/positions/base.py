@@ -1,11 +1,12 @@
 """What a position scheme is.
 
-A position scheme is a function of coordinates. Attention asks it what to do and never asks which scheme it is.
+A position scheme is a function of coordinates. Attention asks it what to do and never asks which
+scheme it is.
 
-A scheme can act in two ways. `encode` maps coordinates to an `Encoding`, once per forward pass: tensors
-that tell attention how to rotate queries and keys and what to add to their logits. `add` acts earlier,
-on the tokens themselves, for absolute schemes. The base class does neither, so a scheme overrides only
-what it needs.
+A scheme can act in two ways. `encode` maps coordinates to an `Encoding`, once per forward pass:
+tensors that tell attention how to rotate queries and keys and what to add to their logits. `add`
+acts earlier, on the tokens themselves, for absolute schemes. The base class does neither, so a
+scheme overrides only what it needs.
 
 Shapes   B samples, N tokens, A axes, C channels of a token
 """
@@ -62,11 +63,15 @@ class Layout:
         return self.width // self.heads
 
     def coords(self, shape: Sequence[int] | None = None, device: torch.device | None = None) -> Tensor:
-        """Coordinates (N, A) of a grid of this shape, or of the training grid, in this layout's unit and origin."""
+        """Coordinates (N, A) of a grid of this shape, or of the training grid, in this layout's
+        unit and origin.
+        """
         return make_grid(self.grid if shape is None else shape, self.unit, self.origin, device)
 
     def cell(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        """Cell indices (…, A), fractional between cells, of coordinates (…, A) on this or on the training grid."""
+        """Cell indices (…, A), fractional between cells, of coordinates (…, A) on this or on the
+        training grid.
+        """
         return cell_index(coords, self.grid if grid is None else grid, self.unit, self.origin)
 
     def flatten(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
@@ -108,14 +113,16 @@ class Position(nn.Module):
         return any(True for _ in self.parameters())
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
-        """The encoding of tokens at `coords` (N, A) or (B, N, A), with keys at `key_coords` if they are elsewhere.
+        """The encoding of tokens at `coords` (N, A) or (B, N, A), with keys at `key_coords` if they
+        are elsewhere.
 
         `grid`, if given, is the grid that the tokens come from.
         """
         return Encoding()
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
-        """Patch tokens x (B, N, C) with their absolute positions added, unchanged where the scheme has none.
+        """Patch tokens x (B, N, C) with their absolute positions added, unchanged where the scheme
+        has none.
 
         Called before the first layer, and before each `layer` after it where `each_layer` is True.
         """
@@ -139,13 +146,14 @@ class Position(nn.Module):
         key_prefix: int | None = None,
         grid: list[int] | None = None,
     ) -> Encoding:
-        """Encode tokens at `coords` (N, A) or (B, N, A) that follow `prefix` tokens without a position.
+        """Encode tokens at `coords` (N, A) or (B, N, A) that follow `prefix` tokens without a
+        position.
 
-        Keys are the same tokens unless `key_coords` (and `key_prefix`) are given. `grid` is the grid
-        that the tokens come from, if any. Coordinates (N, A) with one row per cell of that grid must
-        then be all of it, in row-major order and separable by axis, as `coords.grid` makes them
-        (shifted or stretched, but not cell by cell). Raises TypeError or ValueError for coordinates
-        of another type or number of axes.
+        Keys are the same tokens unless `key_coords` (and `key_prefix`) are given. `grid` is the
+        grid that the tokens come from, if any. Coordinates (N, A) with one row per cell of that
+        grid must then be all of it, in row-major order and separable by axis, as `coords.grid`
+        makes them (shifted or stretched, but not cell by cell). Raises TypeError or ValueError for
+        coordinates of another type or number of axes.
         """
         coords = self._check(coords, grid)
         if key_coords is not None:
@@ -155,7 +163,9 @@ class Position(nn.Module):
         return encoding.behind(prefix, prefix if key_prefix is None else key_prefix)
 
     def embed(self, x: Tensor, coords: Tensor, grid: list[int] | None = None, layer: int = 0) -> Tensor:
-        """Patch tokens x (B, N, C) with their absolute positions added, for `coords` and `grid` as in a call."""
+        """Patch tokens x (B, N, C) with their absolute positions added, for `coords` and `grid` as
+        in a call.
+        """
         return self.add(x, self._check(coords, grid), grid, layer)
 
     def _check(self, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
@@ -163,7 +173,9 @@ class Position(nn.Module):
 
 
 class Sum(Position):
-    """Several schemes at once, e.g. a rotation and a learned table: rotations compose, biases and embeddings add up."""
+    """Several schemes at once, e.g. a rotation and a learned table: rotations compose, biases and
+    embeddings add up.
+    """
 
     def __init__(self, *parts: Position) -> None:
         super().__init__()
@@ -186,7 +198,8 @@ class Sum(Position):
 
 
 class Wrapper(Position):
-    """A scheme around another one, whose claims and actions it takes over; subclasses change some of them.
+    """A scheme around another one, whose claims and actions it takes over; subclasses change some
+    of them.
 
     `measure` is how the inner scheme sees the coordinates of a grid.
     """

@@ -28,8 +28,8 @@ def none(layout: Layout) -> Position:
 def sumcoords(layout: Layout, base: float = 100.0, pairs: Pairs = "interleaved") -> Rotary:
     """RoPE at x + y: relative, but all cells with the same sum of coordinates look the same.
 
-    The control in Su's derivation (https://kexue.fm/archives/8397) that is not reversible on more than one axis.
-    Raises ValueError for an odd head dimension.
+    The control in Su's derivation (https://kexue.fm/archives/8397) that is not reversible on more
+    than one axis. Raises ValueError for an odd head dimension.
     """
     one = axial(Layout(layout.heads * layout.head_dim, layout.heads, (1,)), base, pairs=pairs).initial
     return Rotary(one.expand(-1, -1, layout.axes, -1), pairs)
@@ -37,11 +37,13 @@ def sumcoords(layout: Layout, base: float = 100.0, pairs: Pairs = "interleaved")
 
 @register
 class Quaternion(Exponential):
-    """Groups of four channels are quaternions, multiplied by exp((x i + y j) theta); i and j do not commute.
+    """Groups of four channels are quaternions, multiplied by exp((x i + y j) theta); i and j do not
+    commute.
 
-    The control in Su's derivation (https://kexue.fm/archives/8397) that is not relative on more than one
-    axis, although every matrix is orthogonal. The F groups of a head have frequencies base^(-f/F); a third
-    axis uses k. Raises ValueError for more than three axes or a head dimension that does not divide by 4.
+    The control in Su's derivation (https://kexue.fm/archives/8397) that is not relative on more
+    than one axis, although every matrix is orthogonal. The F groups of a head have frequencies
+    base^(-f/F); a third axis uses k. Raises ValueError for more than three axes or a head dimension
+    that does not divide by 4.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0) -> None:
@@ -68,11 +70,12 @@ class Quaternion(Exponential):
 
 @register
 class Spherical(Exponential):
-    """Groups of three channels are vectors, rotated about one axis of space by the row and about another by the column.
+    """Groups of three channels are vectors, rotated about one axis of space by the row and about
+    another by the column.
 
-    Rotations of a sphere do not commute, so this is not relative on more than one axis (arXiv:2511.08368).
-    The F groups of a head have frequencies base^(-f/F); channels that do not divide are not rotated. Raises
-    ValueError for more than three axes or a head dimension below 3.
+    Rotations of a sphere do not commute, so this is not relative on more than one axis
+    (arXiv:2511.08368). The F groups of a head have frequencies base^(-f/F); channels that do not
+    divide are not rotated. Raises ValueError for more than three axes or a head dimension below 3.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0) -> None:
@@ -99,12 +102,13 @@ class Spherical(Exponential):
 
 @register
 class Orthogonal(Exponential):
-    """Powers O_1^y O_2^x of commuting orthogonal matrices: RoPE in another basis, or undefined between cells.
+    """Powers O_1^y O_2^x of commuting orthogonal matrices: RoPE in another basis, or undefined
+    between cells.
 
-    With determinant=1 every O is an exponential, and this is axial RoPE. With -1 (a control) one channel
-    changes sign from cell to cell. That is relative on whole numbers, but O has no real logarithm: between
-    cells the real part of the power is not a rotation, and logits depend on more than displacements
-    (https://kexue.fm/archives/8397). Raises ValueError as `axial` does.
+    With determinant=1 every O is an exponential, and this is axial RoPE. With -1 (a control) one
+    channel changes sign from cell to cell. That is relative on whole numbers, but O has no real
+    logarithm: between cells the real part of the power is not a rotation, and logits depend on more
+    than displacements (https://kexue.fm/archives/8397). Raises ValueError as `axial` does.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0, determinant: Literal[-1, 1] = -1) -> None:

@@ -1,82 +1,37 @@
-"""What positions do to one attention call: a record of tensors for all layers, made once per forward pass.
+"""What positions do to one attention call: a record of tensors for all layers, made once per
+forward pass.
 
 A scheme makes an `Encoding`, attention calls its methods, and no other code interprets it. Every
-default means that there is nothing to do. Tables that differ between layers are lists with one entry
-per layer, and lists of one entry where layers share a table, so that a gradient flows back into each
-layer's own parameters. Records are pytrees: they pass through activation checkpointing, compilers,
-exporters and processes.
+default means that there is nothing to do. Tables that differ between layers are lists with one
+entry per layer, and lists of one entry where layers share a table, so that a gradient flows back
+into each layer's own parameters. Records are pytrees: they pass through activation checkpointing,
+compilers, exporters and processes.
 
 Shapes   B samples and H heads (1 if shared), N queries, M keys, D channels of a head, R channel
          pairs, E appended channels, T rows of a table
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.rotate import rotate
-from ..ops.tables import cos_sin
+from .transform import Transform, change_basis, check_tokens, entry, per_layer
 
-T = TypeVar("T")
 Side = Literal["q", "k", "v", "out"]
 ActsOn = Literal["q", "k", "v", "logits"]
 NAMES = {"q": "queries", "k": "keys", "v": "values", "out": "outputs"}
 
 
-class DeferredRotation(NamedTuple):
-    """The inputs of a cos-sin table that attention makes itself, where tables for all layers at once would be too large.
-
-    freqs (1, H, A, R), coords (N, A) or (B, N, A), and the grid whose cells they are, if any.
-    """
-
-    freqs: Tensor
-    coords: Tensor
-    grid: list[int] | None
-
-
-class Transform(NamedTuple):
-    """What happens to the channels of queries, keys, values or outputs, in this order.
-
-    `basis`: matrices (B, N, H, D, E) that multiply the channels, or their diagonal blocks
-    (B, N, H, S, b, c), or (H, D, E) where all tokens share one, also those without a position.
-    `rotation`: cosines and sines (B, N, H, R, 2) in float32 that rotate R channel pairs, or
-    `deferred`, the inputs to make them from. `extra`: channels (B, H, N, E) to append, whose
-    products join the scaled logits.
-    """
-
-    basis: list[Tensor] | None = None
-    rotation: list[Tensor] | None = None
-    deferred: list[DeferredRotation] | None = None
-    extra: list[Tensor] | None = None
-
-    def rotates(self) -> bool:
-        """Whether channel pairs rotate."""
-        return len(self.rotation or self.deferred or ()) > 0  # dynamo of torch 2.9 has no bool() of a list
-
-    def tables(self) -> list[Tensor]:
-        """The cosines and sines (B, N, H, R, 2) of each layer, empty without a rotation."""
-        return self.rotation or [cos_sin(*inputs)[0] for inputs in self.deferred or ()]
-
-    def combined(self, other: "Transform") -> "Transform":
-        """Both transforms: rotations compose, appended channels are concatenated."""
-        if self.rotates() and other.rotates():
-            rotation, deferred = _per_layer(_compose, self.tables(), other.tables()), None
-        else:
-            rotation, deferred = self.rotation or other.rotation, self.deferred or other.deferred
-        extra = _per_layer(_concatenate, self.extra, other.extra)
-        return Transform(self.basis or other.basis, rotation, deferred, extra)
-
-
 class RelativeTerm(NamedTuple):
-    """A term that each pair of tokens looks up: r_ij is row index_ij (B or 1, N, M) of a table (H or 1, T, D), or 0
-    where the index is T.
+    """A term that each pair of tokens looks up: r_ij is row index_ij (B or 1, N, M) of a table (H
+    or 1, T, D), or 0 where the index is T.
 
-    `acts_on` "q": q_i · r_ij joins the logits, scaled like q · k. "k": k_j · r_ij does. "v": the output of
-    token i gains sum_j a_ij r_ij with attention weights a. "logits": r_ij itself joins the scaled
-    logits, from a table with one channel.
+    `acts_on` "q": q_i · r_ij joins the logits, scaled like q · k. "k": k_j · r_ij does. "v": the
+    output of token i gains sum_j a_ij r_ij with attention weights a. "logits": r_ij itself joins
+    the scaled logits, from a table with one channel.
     """
 
     table: Tensor
@@ -84,7 +39,9 @@ class RelativeTerm(NamedTuple):
     acts_on: ActsOn
 
     def products(self, x: Tensor) -> Tensor:
-        """x_i · r_ij (B, H, N, M) of x (B, H, N, D): one product per row of the table, which pairs then look up."""
+        """x_i · r_ij (B, H, N, M) of x (B, H, N, D): one product per row of the table, which pairs
+        then look up.
+        """
         products = F.pad(x @ self.table.to(x.dtype).transpose(-2, -1), (0, 1))  # (B, H, N, T + 1)
         return products.gather(-1, self._indices()[:, None].expand(*products.shape[:3], -1))
 
@@ -120,10 +77,10 @@ class Encoding(NamedTuple):
     `q`, `k`, `v`, `out`: transforms of queries, keys (that of queries if None), values and outputs.
     `biases` (B, H, N, M): added to the scaled logits. `term_lists`: what pairs look up, a list per
     layer. `scale`: a factor on the product of queries and keys in addition to 1 / sqrt(D). `polar`:
-    each channel of queries and keys becomes a pair with modulus softplus(x) and a phase that only the
-    rotation gives. `stride`: the distance between the partners of a pair (1 interleaved, R half).
-    `prefix`: how many queries and keys at the front have no position; rotations and bases have no
-    rows for them, biases and indices do.
+    each channel of queries and keys becomes a pair with modulus softplus(x) and a phase that only
+    the rotation gives. `stride`: the distance between the partners of a pair (1 interleaved, R
+    half). `prefix`: how many queries and keys at the front have no position; rotations and bases
+    have no rows for them, biases and indices do.
     """
 
     q: Transform = Transform()
@@ -137,7 +94,16 @@ class Encoding(NamedTuple):
     stride: int = 1
     prefix: tuple[int, int] = (0, 0)
 
-    # ---- what attention asks ----------------------------------------------------------------------
+    def __repr__(self) -> str:
+        sides = {"q": self.q, "k": self.k, "v": self.v, "out": self.out}
+        parts = [f"{side}: {transform.summary()}" for side, transform in sides.items() if any(transform or ())]
+        counts = {"bias": len(self.biases or ()), "terms": len(self.term_lists or ())}
+        parts += [f"{name} of {count} layer(s)" for name, count in counts.items() if count]
+        parts += [f"scale {self.scale:.4g}"] if self.scale != 1 else []
+        parts += [f"prefix {self.prefix[0]}, {self.prefix[1]}"] if any(self.prefix) else []
+        return f"Encoding({'; '.join(parts)})"
+
+    # ---- what attention asks --------------------------------------------------------------
 
     def transform(self, side: Side) -> Transform:
         """What happens to one side of attention."""
@@ -147,25 +113,23 @@ class Encoding(NamedTuple):
 
     def rotation(self, layer: int = 0, side: Side = "q") -> Tensor | None:
         """The cosines and sines (B, N, H, R, 2) that rotate one side at a layer, if it rotates."""
-        transform = self.transform(side)
-        if transform.deferred:
-            return cos_sin(*_entry(transform.deferred, layer))[0]
-        return _entry(transform.rotation, layer) if transform.rotation else None
+        return self.transform(side).table(layer)
 
     def terms(self, layer: int, *acts_on: ActsOn) -> list[RelativeTerm]:
         """The terms of a layer that act on these, or all of them."""
-        terms = _entry(self.term_lists, layer) if self.term_lists else []
+        terms = entry(self.term_lists, layer) if self.term_lists else []
         return [term for term in terms if not acts_on or term.acts_on in acts_on]
 
     def bias(self, layer: int = 0) -> Tensor | None:
         """What position alone adds to the scaled logits (B, H, N, M) of a layer, if anything."""
-        total = _entry(self.biases, layer) if self.biases else None
+        total = entry(self.biases, layer) if self.biases else None
         for term in self.terms(layer, "logits"):
             total = term.values() if total is None else total + term.values()
         return total
 
     def added_logits(self, q: Tensor, k: Tensor, layer: int, scale: float) -> Tensor | None:
-        """All that positions add to the scaled logits (B, H, N, M) of q (B, H, N, D) and k (B, H, M, D), if anything.
+        """All that positions add to the scaled logits (B, H, N, M) of q (B, H, N, D) and k (B, H,
+        M, D), if anything.
 
         Raises ValueError where the tables are for another number of tokens.
         """
@@ -186,12 +150,15 @@ class Encoding(NamedTuple):
         return any(term.acts_on != "logits" for terms in self.term_lists or [] for term in terms)
 
     def rotates_only(self) -> bool:
-        """Whether queries and keys rotate alike, and values, outputs and channels otherwise stay as they are."""
+        """Whether queries and keys rotate alike, and values, outputs and channels otherwise stay as
+        they are.
+        """
         others = (self.q.basis, self.q.extra, *self.v, *self.out)
         return self.k is None and self.q.rotates() and not (any(others) or self.polar or self.reads_content())
 
     def apply(self, side: Side, x: Tensor, layer: int = 0, overwrite: bool = False) -> Tensor:
-        """x (B, H, N, D), one side of attention, transformed; `overwrite` allows the result to lie where x does.
+        """x (B, H, N, D), one side of attention, transformed; `overwrite` allows the result to lie
+        where x does.
 
         Appended channels are left to `append`. Raises ValueError where the tables are for another
         number of tokens.
@@ -201,7 +168,7 @@ class Encoding(NamedTuple):
             modulus = F.softplus(x.float()).to(x.dtype)
             x = torch.stack((modulus, torch.zeros_like(modulus)), dim=-1).flatten(-2)
         if transform.basis:
-            x = _change_basis(x, _entry(transform.basis, layer), prefix, NAMES[side])
+            x = change_basis(x, entry(transform.basis, layer), prefix, NAMES[side])
         table = self.rotation(layer, side)
         if table is not None:
             check_tokens(prefix + table.shape[1], x.shape[2], NAMES[side])
@@ -211,15 +178,17 @@ class Encoding(NamedTuple):
         return x
 
     def append(self, side: Side, x: Tensor, layer: int) -> Tensor:
-        """x (B, H, N, D) with the extra channels (B, H, N, E), zero for tokens without a position."""
-        extra = _entry(self.transform(side).extra or [], layer)
+        """x (B, H, N, D) with extra channels (B, H, N, E), zero for tokens without a position."""
+        extra = entry(self.transform(side).extra or [], layer)
         extra = F.pad(extra.to(x.dtype), (0, 0, self.prefix[side == "k"], 0))
         return torch.cat((x, extra.expand(*x.shape[:-1], -1)), dim=-1)
 
-    # ---- how encodings are made -------------------------------------------------------------------
+    # ---- how encodings are made -----------------------------------------------------------
 
     def behind(self, prefix: int, key_prefix: int) -> "Encoding":
-        """The encoding of tokens behind others without a position, for which nothing rotates and nothing is added."""
+        """The encoding of tokens behind others without a position, for which nothing rotates and
+        nothing is added.
+        """
         if prefix == key_prefix == 0:
             return self
         pad = (key_prefix, 0, prefix, 0)
@@ -234,14 +203,15 @@ class Encoding(NamedTuple):
         return self._replace(v=Transform(), out=Transform(), term_lists=terms)
 
     def combined(self, other: "Encoding") -> "Encoding":
-        """Both encodings: rotations compose, biases, terms and extra channels add up, scales multiply.
+        """Both encodings: rotations compose, biases, terms and extra channels add up, scales
+        multiply.
 
         Raises ValueError where the two cannot act on the same channels.
         """
         rotating = [each for each in (self, other) if each.q.rotates() or each.v.rotates()]
         if len({each.stride for each in rotating}) > 1:
             raise ValueError("rotations of interleaved and of half pairs do not commute; give both the same `pairs`")
-        if self.polar or other.polar or _conflict(self.q, other.q) or _conflict(other.q, self.q):
+        if self.polar or other.polar or self.q.conflicts(other.q) or other.q.conflicts(self.q):
             raise ValueError("schemes that remake the channels of queries and keys cannot be summed with rotations")
         separate_keys = self.k is not None or other.k is not None
         return Encoding(
@@ -249,63 +219,8 @@ class Encoding(NamedTuple):
             self.transform("k").combined(other.transform("k")) if separate_keys else None,
             self.v.combined(other.v),
             self.out.combined(other.out),
-            _per_layer(torch.add, self.biases, other.biases),
-            _per_layer(lambda some, more: [*some, *more], self.term_lists, other.term_lists),
+            per_layer(torch.add, self.biases, other.biases),
+            per_layer(lambda some, more: [*some, *more], self.term_lists, other.term_lists),
             self.scale * other.scale,
             stride=rotating[0].stride if rotating else 1,
         )
-
-
-def check_tokens(encoded: int, tokens: int, what: str) -> None:
-    """Raise ValueError unless an encoding is for as many tokens as there are."""
-    if encoded != tokens:
-        raise ValueError(
-            f"the encoding places {encoded} tokens, but there are {tokens} {what}; "
-            f"give position(coords, prefix=…) the number of tokens that have no position"
-        )
-
-
-def _entry(tables: Sequence[T], layer: int) -> T:
-    """The entry of one layer in a list with one per layer, or one for all."""
-    return tables[layer % len(tables)]
-
-
-def _per_layer(function: Callable[[T, T], T], a: list[T] | None, b: list[T] | None) -> list[T] | None:
-    """The function of both lists' entries, layer by layer, or the entries of one list where the other has none."""
-    if not a or not b:
-        return a or b
-    return [function(_entry(a, i), _entry(b, i)) for i in range(max(len(a), len(b)))]
-
-
-def _conflict(a: Transform, b: Transform) -> bool:
-    """Whether b would have to act in the basis that a changes to."""
-    return len(a.basis or ()) > 0 and (len(b.basis or ()) > 0 or b.rotates())
-
-
-def _concatenate(a: Tensor, b: Tensor) -> Tensor:
-    shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
-    return torch.cat((a.expand(*shape, -1), b.expand(*shape, -1)), dim=-1)
-
-
-def _compose(a: Tensor, b: Tensor) -> Tensor:
-    """One rotation after another: rotations of a pair commute, and their angles add."""
-    if a.shape[-2] != b.shape[-2]:
-        raise ValueError(f"rotations of {a.shape[-2]} and of {b.shape[-2]} pairs cannot be summed")
-    (ca, sa), (cb, sb) = a.unbind(-1), b.unbind(-1)
-    return torch.stack((ca * cb - sa * sb, sa * cb + ca * sb), dim=-1)
-
-
-def _change_basis(x: Tensor, basis: Tensor, prefix: int, what: str) -> Tensor:
-    """x (B, H, N, D) times matrices: one for all tokens, or one for each token behind the prefix."""
-    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-    basis = basis.to(precise)
-    if basis.ndim == 3:
-        return (x.to(precise) @ basis).to(x.dtype)
-    check_tokens(prefix + basis.shape[1], x.shape[2], what)
-    patches = x[:, :, prefix:].to(precise)
-    if basis.ndim == 5:
-        patches = torch.einsum("bhnd,bnhde->bhne", patches, basis)
-    else:
-        blocks = patches.unflatten(-1, (basis.shape[3], -1))
-        patches = torch.einsum("bhnsd,bnhsde->bhnse", blocks, basis).flatten(-2)
-    return torch.cat((x[:, :, :prefix], patches.to(x.dtype)), dim=2)

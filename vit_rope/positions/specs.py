@@ -1,9 +1,9 @@
 """How to name a position scheme.
 
-A spec names a scheme, its options, modifiers and sums: "axial(base=100)", "learned + mixed". It is the
-value in YAML, the argument on the command line and the label in a plot. Building one never imports a
-module, because a spec may come with a downloaded config: a user's scheme is registered by importing its
-module.
+A spec names a scheme, its options, modifiers and sums: "axial(base=100)", "learned + mixed". It is
+the value in YAML, the argument on the command line and the label in a plot. Building one never
+imports a module, because a spec may come with a downloaded config: a user's scheme is registered by
+importing its module.
 """
 
 import ast
@@ -24,11 +24,11 @@ _SCHEMES: dict[str, Factory] = {}
 
 
 def register(factory: F | str) -> Any:
-    """Make `factory(layout, *schemes, **options)` known to specs: `@register`, by its lower-case name, or
-    `@register("name")`.
+    """Make `factory(layout, *schemes, **options)` known to specs: `@register`, by its lower-case
+    name, or `@register("name")`.
 
-    Parameters without a default are schemes to modify, those with one are options. Raises ValueError for a name that is
-    taken.
+    Parameters without a default are schemes to modify, those with one are options. Raises
+    ValueError for a name that is taken.
     """
     if isinstance(factory, str):
         return functools.partial(_register, factory)
@@ -50,8 +50,8 @@ def schemes() -> list[str]:
 def build(spec: str, layout: Layout) -> Position:
     """The scheme that `spec` names, e.g. "mixed(base=10) + learned", for a model of this layout.
 
-    Raises TypeError where spec is not a string, and ValueError where it cannot be parsed, names something
-    that does not exist, or asks for something that the layout does not allow.
+    Raises TypeError where spec is not a string, and ValueError where it cannot be parsed, names
+    something that does not exist, or asks for something that the layout does not allow.
     """
     if not isinstance(spec, str):
         raise TypeError(f'a position spec is a string such as "axial(base=100)", got {type(spec).__name__}')
@@ -69,10 +69,11 @@ def build(spec: str, layout: Layout) -> Position:
 
 
 def rebuild(position: Position, spec: str) -> Position:
-    """The scheme that another spec names, for the same layout, with the parameters that `position` has learned.
+    """The scheme that another spec names, for the same layout, with the parameters that `position`
+    has learned.
 
-    It is on the same device and in the same mode. Raises ValueError for a spec that does not fit or learns parameters
-    of other names or shapes.
+    It is on the same device and in the same mode. Raises ValueError for a spec that does not fit or
+    learns parameters of other names or shapes.
     """
     scheme, learned = build(spec, cast(Layout, position.made_for)), position.state_dict()
     wanted = {name: tuple(value.shape) for name, value in scheme.state_dict().items()}
@@ -88,7 +89,9 @@ def rebuild(position: Position, spec: str) -> Position:
 
 
 def factory(name: str) -> Factory:
-    """The function or class registered under a name; ValueError, with close names, where there is none."""
+    """The function or class registered under a name; ValueError, with close names, where there is
+    none.
+    """
     if name not in _SCHEMES:
         near = difflib.get_close_matches(name, _SCHEMES, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -97,7 +100,9 @@ def factory(name: str) -> Factory:
 
 
 def signature(name: str) -> inspect.Signature:
-    """The parameters of a registered scheme behind its layout: schemes to modify (no default), then options."""
+    """The parameters of a registered scheme behind its layout: schemes to modify (no default), then
+    options.
+    """
     return inspect.Signature(list(inspect.signature(factory(name)).parameters.values())[1:])
 
 

@@ -19,9 +19,9 @@ from vit_rope.models.vit import RopeViT
 from vit_rope.ops.rotate import rotate
 from vit_rope.positions import Layout, build
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import Transform
 from vit_rope.positions.rotary.directions import regular_simplex
 from vit_rope.positions.rotary.generators import block_diagonal, cayley, diagonalize, exponential, simplest, skew
+from vit_rope.positions.transform import Transform
 from vit_rope.unet.maps import map_layout
 
 SHAPES = [(5,), (3, 4), (2, 3, 2)]

@@ -16,8 +16,8 @@ from ..specs import register
 class Gate(Wrapper):
     """A scheme whose addition to the tokens is weighted by one number: complete at 1, nothing at 0.
 
-    The number is learned from `start`, or set from outside: `training.Fade` fades out the table of a
-    trained model. What the scheme does in attention is not weighted.
+    The number is learned from `start`, or set from outside: `training.Fade` fades out the table of
+    a trained model. What the scheme does in attention is not weighted.
     """
 
     def __init__(self, layout: Layout, scheme: Position, start: float = 1.0) -> None:
@@ -35,12 +35,13 @@ class Gate(Wrapper):
 
 @register
 class Inject(Wrapper):
-    """A scheme whose positions are added before the layers that are named, from 0 or, if negative, from the end.
+    """A scheme whose positions are added before the layers that are named, from 0 or, if negative,
+    from the end.
 
-    `inject(learned, layers=(-2, -1))` adds absolute positions late, as DeBERTa's enhanced mask decoder does
-    (arXiv:2006.03654), there to the queries only; with layers=(0, -2, -1) they are added early and again
-    late. What the scheme does in attention stays. Raises ValueError for a layer that does not exist, or a
-    scheme that does not act on tokens.
+    `inject(learned, layers=(-2, -1))` adds absolute positions late, as DeBERTa's enhanced mask
+    decoder does (arXiv:2006.03654), there to the queries only; with layers=(0, -2, -1) they are
+    added early and again late. What the scheme does in attention stays. Raises ValueError for a
+    layer that does not exist, or a scheme that does not act on tokens.
     """
 
     each_layer = True

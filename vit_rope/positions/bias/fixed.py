@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..base import Layout
-from ..encoding import Encoding, Transform
+from ..encoding import Encoding
 from ..specs import register
+from ..transform import Transform
 from .base import Bias, constants, length
 
 # Like -inf after a softmax, but without NaN if all keys are hidden. Fits float16.

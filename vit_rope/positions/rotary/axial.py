@@ -1,7 +1,7 @@
 """The rotary schemes that others are compared with: axial, mixed, and RoPE over the flattened grid.
 
-Shapes   L layers and H heads (1 if shared), A axes, R channel pairs; frequencies (L, H, A, R) in radians
-         per unit of the coordinates
+Shapes   L layers and H heads (1 if shared), A axes, R channel pairs; frequencies (L, H, A, R) in
+         radians per unit of the coordinates
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,16 @@ def axial(
     fastest: float = 1.0,
     learned: bool = False,
 ) -> Rotary:
-    """Each axis rotates its own channel pairs: with two axes, half of the head by the row, half by the column.
+    """Each axis rotates its own channel pairs: with two axes, half of the head by the row, half by
+    the column.
 
-    The frequencies of an axis with P pairs are `fastest` * base^(-j/P), j = 0 … P - 1, in radians per unit;
-    `base` may be one number per axis. `share` divides the head's channels: "equal" is the same for every
-    axis and must divide; "rest" leaves the remainder un-rotated, at the end; "first" and "last" give it to
-    that axis; a tuple such as (16, 24, 24) gives each axis its own even number of channels and leaves the
-    others un-rotated. With learned=True every layer and head learns its own frequencies, which start at
-    these. Raises ValueError where the head's channels cannot be divided so (RoPE-Axial, arXiv:2403.13298;
-    learned frequencies, arXiv:2401.11605).
+    The frequencies of an axis with P pairs are `fastest` * base^(-j/P), j = 0 … P - 1, in radians
+    per unit; `base` may be one number per axis. `share` divides the head's channels: "equal" is the
+    same for every axis and must divide; "rest" leaves the remainder un-rotated, at the end; "first"
+    and "last" give it to that axis; a tuple such as (16, 24, 24) gives each axis its own even
+    number of channels and leaves the others un-rotated. With learned=True every layer and head
+    learns its own frequencies, which start at these. Raises ValueError where the head's channels
+    cannot be divided so (RoPE-Axial, arXiv:2403.13298; learned frequencies, arXiv:2401.11605).
     """
     counts = _split_pairs(layout, share)
     bases = base if isinstance(base, tuple) else (base,) * layout.axes
@@ -94,10 +95,10 @@ def mixed(
 ) -> Rotary:
     """Every pair rotates along its own direction, one for each layer and head, learned by default.
 
-    Initialised like RoPE-Mixed (arXiv:2403.13298): a random rotation of the axes for each layer and head, an
-    equal share of the pairs along each rotated axis, and in each share speeds `fastest` * base^(-j/P), in
-    radians per unit. With learned=False the random rotations are always the same. Raises ValueError for an
-    odd head_dim or one that is too small.
+    Initialised like RoPE-Mixed (arXiv:2403.13298): a random rotation of the axes for each layer and
+    head, an equal share of the pairs along each rotated axis, and in each share speeds `fastest` *
+    base^(-j/P), in radians per unit. With learned=False the random rotations are always the same.
+    Raises ValueError for an odd head_dim or one that is too small.
     """
     check_even(layout.head_dim)
     count, axes = layout.head_dim // 2, layout.axes
@@ -119,11 +120,12 @@ def mixed(
 
 @register
 class Flat(Rotary):
-    """One-dimensional RoPE over the flattened grid, at row * W + column (arXiv:2104.09864): a baseline.
+    """One-dimensional RoPE over the flattened grid, at row * W + column (arXiv:2104.09864): a
+    baseline.
 
-    It is relative in that number, but treats the last cell of a row as adjacent to the first of the next. W
-    is the width of the grid that the tokens come from, or of the training grid for coordinates from no
-    grid. Raises ValueError for an odd head_dim.
+    It is relative in that number, but treats the last cell of a row as adjacent to the first of the
+    next. W is the width of the grid that the tokens come from, or of the training grid for
+    coordinates from no grid. Raises ValueError for an odd head_dim.
     """
 
     def __init__(self, layout: Layout, base: float = 10000.0, pairs: Pairs = "interleaved") -> None:

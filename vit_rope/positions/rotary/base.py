@@ -4,14 +4,15 @@ Channel pairs of queries and keys rotate by angles that are linear in the token'
 
     angle[token, pair] = sum_a coords[token, a] * freqs[a, pair],
 
-so that a query-key product depends on two positions only through their displacement. Every scheme whose
-rotations commute is one choice of `freqs`: one axis per pair is axial RoPE, all axes in every pair is
-mixed RoPE, rows of (W f, f) are RoPE over the flattened image. To add one, return `Rotary(freqs)` from a
-function decorated with `@register`. Modifiers of a scheme append pure functions to its `changes`.
+so that a query-key product depends on two positions only through their displacement. Every scheme
+whose rotations commute is one choice of `freqs`: one axis per pair is axial RoPE, all axes in every
+pair is mixed RoPE, rows of (W f, f) are RoPE over the flattened image. To add one, return
+`Rotary(freqs)` from a function decorated with `@register`. Modifiers of a scheme append pure
+functions to its `changes`.
 
 Shapes   L layers and H heads (1 if shared), N tokens, A axes, R pairs of the D channels of a head
 Units    coordinates in the layout's unit, freqs in radians per unit
-Pairs    `interleaved`: channels 2j and 2j + 1 rotate together, the block-diagonal matrix as derived;
+Pairs    `interleaved`: channels 2j and 2j + 1 rotate together, the block-diagonal matrix;
          `half`: j and j + R; `axis`: as half, but within the channels of each axis
 Sources  RoFormer, arXiv:2104.09864 (one axis); RoPE-ViT, arXiv:2403.13298 (axial, mixed)
 """
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 from ...ops.tables import cos_sin
 from ..base import Position
-from ..encoding import DeferredRotation, Encoding, Transform
+from ..encoding import Encoding
+from ..transform import DeferredRotation, Transform
 
 Pairs = Literal["interleaved", "half", "axis"]
 TABLES = 64 * 2**20  # bytes that the tables of all layers may take together; beyond, each layer makes its own
@@ -34,7 +36,9 @@ TABLES = 64 * 2**20  # bytes that the tables of all layers may take together; be
 
 @dataclass(frozen=True)
 class Change:
-    """One change of a scheme's frequencies; subclasses are pure functions whose fields are their options."""
+    """One change of a scheme's frequencies; subclasses are pure functions whose fields are their
+    options.
+    """
 
     permutes = False  # whether it only reorders rows (axes) and columns (pairs)
     dynamic = False  # whether it depends on the grid
@@ -46,12 +50,16 @@ class Change:
 
 
 def geometric(count: int, base: float) -> Tensor:
-    """Frequencies (count,) that fall geometrically from 1 towards 1 / base, bit-exact with other libraries."""
+    """Frequencies (count,) that fall geometrically from 1 towards 1 / base, bit-exact with other
+    libraries.
+    """
     return 1.0 / base ** (torch.arange(count, dtype=torch.float32, device="cpu") / max(count, 1))
 
 
 def rotation_of(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None) -> Transform:
-    """Rotation by frequencies (L, H, A, R) at coords (N, A) or (B, N, A): tables, deferred if they are too large."""
+    """Rotation by frequencies (L, H, A, R) at coords (N, A) or (B, N, A): tables, deferred if they
+    are too large.
+    """
     if not torch.compiler.is_compiling() and len(freqs) > 1:
         layers, heads, _, pairs = freqs.shape
         if 2 * layers * heads * pairs * coords.shape[:-1].numel() * freqs.element_size() > TABLES:
@@ -61,12 +69,14 @@ def rotation_of(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None
 
 
 class Rotary(Position):
-    """Rotate channel pairs of queries and keys by coordinates times `freqs` (L, H, A, R), fixed or learned.
+    """Rotate channel pairs of queries and keys by coordinates times `freqs` (L, H, A, R), fixed or
+    learned.
 
     Fixed frequencies are constants of the scheme, neither parameters nor buffers: no cast, no meta
-    device and no checkpoint can change them. Learned ones are one float32 parameter, which keeps that
-    precision under `.bfloat16()` and `.half()`. Reversible where the frequencies of each layer and head
-    tell all axes apart. Raises ValueError for frequencies of another shape or a value that is not finite.
+    device and no checkpoint can change them. Learned ones are one float32 parameter, which keeps
+    that precision under `.bfloat16()` and `.half()`. Reversible where the frequencies of each layer
+    and head tell all axes apart. Raises ValueError for frequencies of another shape or a value that
+    is not finite.
     """
 
     def __init__(self, freqs: Tensor, pairs: Pairs = "interleaved", learned: bool = False) -> None:
@@ -93,7 +103,9 @@ class Rotary(Position):
                 self.freqs.copy_(self.initial)
 
     def base_frequencies(self, coords: Tensor) -> Tensor:
-        """Frequencies (L, H, A, R) before any change, on the coordinates' device and in their precision."""
+        """Frequencies (L, H, A, R) before any change, on the coordinates' device and in their
+        precision.
+        """
         return self.initial.to(coords.device, coords.dtype) if self.freqs is None else self.freqs.to(coords.dtype)
 
     def frequencies(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
@@ -110,7 +122,9 @@ class Rotary(Position):
         return freqs
 
     def changed(self, change: Change) -> Self:
-        """This scheme, with one more change; those that permute axes and pairs come before all others."""
+        """This scheme, with one more change; those that permute axes and pairs come before all
+        others.
+        """
         end = sum(each.permutes for each in self.changes) if change.permutes else len(self.changes)
         self.changes.insert(end, change)
         return self
@@ -138,11 +152,14 @@ class Rotary(Position):
         )
         kind = "learned from" if self.learned else "of"
         changes = "".join(f", {change}" for change in self.changes)
-        return f"{pairs} {self.pairs} pairs on {axes} axes, {layers} layers x {heads} heads, {kind} periods {periods}{changes}"
+        shape = f"{pairs} {self.pairs} pairs on {axes} axes, {layers} layers x {heads} heads"
+        return f"{shape}, {kind} periods {periods}{changes}"
 
 
 class LearnedSpeeds(Rotary):
-    """A Rotary along fixed `directions` (A, R) at learned `speeds` (L, H, R), which start at the given values."""
+    """A Rotary along fixed `directions` (A, R) at learned `speeds` (L, H, R), which start at the
+    given values.
+    """
 
     def __init__(self, directions: Tensor, speeds: Tensor, pairs: Pairs = "interleaved") -> None:
         super().__init__(directions * speeds[:, :, None], pairs)

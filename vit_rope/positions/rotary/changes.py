@@ -1,9 +1,11 @@
-"""Modifiers of rotary schemes, such as `ntk(axial)`: pure functions of frequencies, appended to what they modify.
+"""Modifiers of rotary schemes, such as `ntk(axial)`: pure functions of frequencies, appended to
+what they modify.
 
-A modifier of a sum changes its rotary parts: yarn(sincos + axial) is sincos + yarn(axial). A modifier of
-a wrapper changes what is inside, for coordinates as the wrapped scheme sees them: yarn(reference(axial))
-counts revolutions over the reference. Fixed and learned frequencies are changed alike, and learned
-parameters keep their names, so a trained model accepts any modifier without new weights.
+A modifier of a sum changes its rotary parts: yarn(sincos + axial) is sincos + yarn(axial). A
+modifier of a wrapper changes what is inside, for coordinates as the wrapped scheme sees them:
+yarn(reference(axial)) counts revolutions over the reference. Fixed and learned frequencies are
+changed alike, and learned parameters keep their names, so a trained model accepts any modifier
+without new weights.
 
 Shapes   L layers and H heads (1 if shared), A axes, R channel pairs
 """
@@ -23,8 +25,8 @@ Make = Callable[[Rotary, list[float]], Position]  # a changed scheme, given how 
 def modify(layout: Layout, scheme: Position, name: str, make: Make, dynamic: bool = False) -> Position:
     """The scheme with `make` applied to its rotary parts, the others as they are.
 
-    Raises ValueError where no part is rotary along the axes of the grid, or where a `dynamic` change is
-    inside a wrapper that rescales all grids to the same extent.
+    Raises ValueError where no part is rotary along the axes of the grid, or where a `dynamic`
+    change is inside a wrapper that rescales all grids to the same extent.
     """
     leaves: list[Position] = []
 

@@ -1,4 +1,5 @@
-"""The order of channel pairs, and the speeds at which they rotate, where trained weights depend on them.
+"""The order of channel pairs, and the speeds at which they rotate, where trained weights depend on
+them.
 
 Shapes   L layers and H heads (1 if shared), A axes, R channel pairs
 """
@@ -111,13 +112,14 @@ def spectrum(
     heads: bool = False,
     learned: bool = False,
 ) -> Position:
-    """A rotary scheme whose pairs rotate at speeds from `first` to `last`, both included, in radians per unit.
+    """A rotary scheme whose pairs rotate at speeds from `first` to `last`, both included, in
+    radians per unit.
 
-    The speeds of the pairs along an axis have equal ratios ("log") or equal differences ("linear"). With
-    `heads` the heads of a layer share one series, each taking the next element, and `last` is the element
-    after the end. With `learned` each layer and head learns its own speeds, which start at these values.
-    Raises ValueError for speeds that are not positive, and where no part of the scheme has frequencies for
-    each axis.
+    The speeds of the pairs along an axis have equal ratios ("log") or equal differences ("linear").
+    With `heads` the heads of a layer share one series, each taking the next element, and `last` is
+    the element after the end. With `learned` each layer and head learns its own speeds, which start
+    at these values. Raises ValueError for speeds that are not positive, and where no part of the
+    scheme has frequencies for each axis.
     """
     if min(first, last) <= 0:
         raise ValueError(f"spectrum needs a positive first and last speed, got {first} and {last}")
@@ -141,12 +143,13 @@ def spectrum(
 
 @register
 def mrope(layout: Layout, base: float = 10000.0, blocks: bool = False, idle: int = 0, pairs: Pairs = "half") -> Rotary:
-    """One series of frequencies base^(-j/R) over all R pairs of a head, assigned to the axes in a cycle.
+    """One series of frequencies base^(-j/R) over all R pairs of a head, assigned to the axes in a
+    cycle.
 
     Each cycle starts with `idle` pairs that do not rotate (for axes that images do not have). With
-    `blocks` the pairs of an axis are then grouped, as in Pixtral (arXiv:2410.07073); otherwise they stay
-    interleaved, the multimodal RoPE of Qwen2-VL and later models (arXiv:2409.12191). Raises ValueError
-    for a negative idle, a base that is not positive or an odd head_dim.
+    `blocks` the pairs of an axis are then grouped, as in Pixtral (arXiv:2410.07073); otherwise they
+    stay interleaved, the multimodal RoPE of Qwen2-VL and later models (arXiv:2409.12191). Raises
+    ValueError for a negative idle, a base that is not positive or an odd head_dim.
     """
     if idle < 0 or base <= 0 or layout.head_dim % 2:
         raise ValueError(f"mrope needs idle >= 0, base > 0 and an even head_dim, got {idle}, {base}, {layout.head_dim}")
@@ -160,12 +163,14 @@ def mrope(layout: Layout, base: float = 10000.0, blocks: bool = False, idle: int
 
 @register
 def ltx(layout: Layout, base: float = 10.0) -> Rotary:
-    """LTX-Video's RoPE (arXiv:2501.00103): one series over the width of all heads, in which the axes alternate.
+    """LTX-Video's RoPE (arXiv:2501.00103): one series over the width of all heads, in which the
+    axes alternate.
 
-    Frequency j of P serves each axis in turn, at base^(j / (P - 1)) * pi / 2 radians per unit, so each head
-    has its own speeds. Channels that do not divide are not rotated; they come first. LTX uses base 10000
-    with coordinates in [-1, 1]; for cells that is faster than float32 can resolve. Raises ValueError where
-    a head has an odd number of channels, or the width is too small for its axes.
+    Frequency j of P serves each axis in turn, at base^(j / (P - 1)) * pi / 2 radians per unit, so
+    each head has its own speeds. Channels that do not divide are not rotated; they come first. LTX
+    uses base 10000 with coordinates in [-1, 1]; for cells that is faster than float32 can resolve.
+    Raises ValueError where a head has an odd number of channels, or the width is too small for its
+    axes.
     """
     axes, width = layout.axes, layout.heads * layout.head_dim
     count = width // (2 * axes)

@@ -1,4 +1,5 @@
-"""ComRoPE (arXiv:2506.03737): generators in commuting blocks, which in a suitable basis are frequencies.
+"""ComRoPE (arXiv:2506.03737): generators in commuting blocks, which in a suitable basis are
+frequencies.
 
 Shapes   L layers and H heads, A axes, S blocks of b channels each
 """
@@ -14,12 +15,13 @@ from .generators import blocks_of
 
 @register
 def comrope_ap(layout: Layout, block: int = 8, std: float = 0.1) -> Rotary:
-    """ComRoPE with partitioned angles: blocks of channels belong to the axes alternately, each with a learned generator.
+    """ComRoPE with partitioned angles: blocks of channels belong to the axes alternately, each with
+    a learned generator.
 
-    A generator P - P^T of b channels is b / 2 frequencies in a basis that the projections absorb. Those
-    frequencies are learned, for each layer and head, and are initialised as those of a normal P with
-    standard deviation `std`, in radians per unit (ComRoPE-AP, arXiv:2506.03737). Raises ValueError for an
-    odd block or where an axis gets no block.
+    A generator P - P^T of b channels is b / 2 frequencies in a basis that the projections absorb.
+    Those frequencies are learned, for each layer and head, and are initialised as those of a normal
+    P with standard deviation `std`, in radians per unit (ComRoPE-AP, arXiv:2506.03737). Raises
+    ValueError for an odd block or where an axis gets no block.
     """
     speeds = _random_speeds("comrope_ap", layout, block, std)
     axis = torch.arange(speeds.shape[-2], device="cpu") % layout.axes
@@ -29,13 +31,14 @@ def comrope_ap(layout: Layout, block: int = 8, std: float = 0.1) -> Rotary:
 
 @register("comrope_ld")
 class ComRoPELD(Rotary):
-    """ComRoPE with linearly dependent generators: each block has one, times a learned number for each axis.
+    """ComRoPE with linearly dependent generators: each block has one, times a learned number for
+    each axis.
 
-    B_a = theta_a (P - P^T) is theta_a times the b / 2 frequencies of P - P^T, in a basis that the projections
-    absorb, so that each block has one direction theta. Both are learned, for each layer and head; theta is
-    initialised from a normal distribution, frequencies as those of a normal P with standard deviation `std`,
-    in radians per unit (ComRoPE-LD, arXiv:2506.03737). Raises ValueError for an odd block or where there are
-    fewer blocks than axes.
+    B_a = theta_a (P - P^T) is theta_a times the b / 2 frequencies of P - P^T, in a basis that the
+    projections absorb, so that each block has one direction theta. Both are learned, for each layer
+    and head; theta is initialised from a normal distribution, frequencies as those of a normal P
+    with standard deviation `std`, in radians per unit (ComRoPE-LD, arXiv:2506.03737). Raises
+    ValueError for an odd block or where there are fewer blocks than axes.
     """
 
     def __init__(self, layout: Layout, block: int = 8, std: float = 0.1) -> None:

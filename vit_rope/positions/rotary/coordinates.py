@@ -17,10 +17,11 @@ from .base import Rotary
 
 
 class Rescaled(Wrapper):
-    """A scheme that sees other coordinates than its layout gives; subclasses define how an axis of cells is rescaled.
+    """A scheme that sees other coordinates than its layout gives; subclasses define how an axis of
+    cells is rescaled.
 
-    Custom coordinates, which come from no grid, are treated as cells of `default_grid`, or stay as they
-    are where that is None.
+    Custom coordinates, which come from no grid, are treated as cells of `default_grid`, or stay as
+    they are where that is None.
     """
 
     same_extent = True
@@ -53,11 +54,12 @@ class Rescaled(Wrapper):
 
 @register
 class Reference(Rescaled):
-    """A scheme that rescales every grid to one of `grid` cells: coordinate c of n cells counts as c / n * grid.
+    """A scheme that rescales every grid to one of `grid` cells: coordinate c of n cells counts as c
+    / n * grid.
 
-    So an image of any size covers the angles of the size that EVA-02 (arXiv:2303.11331) was trained with.
-    `grid` is the training grid unless given. Custom coordinates, which come from no grid, are taken as
-    cells of the reference. Raises ValueError for a grid with another number of axes.
+    So an image of any size covers the angles of the size that EVA-02 (arXiv:2303.11331) was trained
+    with. `grid` is the training grid unless given. Custom coordinates, which come from no grid, are
+    taken as cells of the reference. Raises ValueError for a grid with another number of axes.
     """
 
     def __init__(self, layout: Layout, scheme: Position, grid: tuple[int, ...] | None = None) -> None:
@@ -73,11 +75,12 @@ class Reference(Rescaled):
 
 @register
 class Normalize(Rescaled):
-    """A scheme that sees the cells of every axis evenly spaced from `low` to `high`, the outermost cells at the ends.
+    """A scheme that sees the cells of every axis evenly spaced from `low` to `high`, the outermost
+    cells at the ends.
 
-    With `grows`, `high` is that of the training grid of N cells, and n cells end at high * n / N, as in
-    LieRE (arXiv:2406.10322). Custom coordinates are taken as those of the training grid. Raises ValueError
-    where `low` equals `high`.
+    With `grows`, `high` is that of the training grid of N cells, and n cells end at high * n / N,
+    as in LieRE (arXiv:2406.10322). Custom coordinates are taken as those of the training grid.
+    Raises ValueError where `low` equals `high`.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Schemes that compute as their sources do, where the bits of a table, or more than the bits, depend on how.
+"""Schemes that compute as their sources do, where the bits of a table, or more than the bits,
+depend on how.
 
 In exact arithmetic `dinov3` and `axial64` are `axial`; V-JEPA 2's transform is not a rotation.
 
@@ -14,17 +15,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base import Layout, Position
-from ..encoding import Encoding, Transform
+from ..encoding import Encoding
 from ..specs import register
+from ..transform import Transform
 from .axial import axial
 from .base import Pairs, Rotary, geometric, rotation_of
 
 
 class Exact(Rotary):
-    """A rotary scheme that computes its angles as its source does, from constants (A, R) for axes and pairs.
+    """A rotary scheme that computes its angles as its source does, from constants (A, R) for axes
+    and pairs.
 
-    Changes that only reorder axes and pairs reorder the constants; any other change replaces the source's
-    arithmetic by that of `Rotary`.
+    Changes that only reorder axes and pairs reorder the constants; any other change replaces the
+    source's arithmetic by that of `Rotary`.
     """
 
     def __init__(self, freqs: Tensor, constants: Tensor, pairs: Pairs = "interleaved") -> None:
@@ -53,11 +56,12 @@ class Exact(Rotary):
 
 @register
 class DinoV3(Exact):
-    """DINOv3's axial RoPE (arXiv:2508.10104): coordinate c, centered in [-1, 1], rotates by 2 pi c / period.
+    """DINOv3's axial RoPE (arXiv:2508.10104): coordinate c, centered in [-1, 1], rotates by 2 pi c
+    / period.
 
-    The periods of an axis are base^(j/P), j = 0 … P - 1. The files that Meta publishes hold them rounded to
-    "bfloat16"; timm and transformers compute them in "float32". Raises ValueError where the head's channels
-    do not divide equally between the axes.
+    The periods of an axis are base^(j/P), j = 0 … P - 1. The files that Meta publishes hold them
+    rounded to "bfloat16"; timm and transformers compute them in "float32". Raises ValueError where
+    the head's channels do not divide equally between the axes.
     """
 
     def __init__(
@@ -83,10 +87,11 @@ class DinoV3(Exact):
 
 @register
 class Axial64(Exact):
-    """`axial` whose frequencies and angles are float64 until their cosine is computed, as in Flux and Wan.
+    """`axial` whose frequencies and angles are float64 until their cosine is computed, as in Flux
+    and Wan.
 
-    Compiled and exported graphs stay in the precision of the coordinates, because not every device has
-    float64.
+    Compiled and exported graphs stay in the precision of the coordinates, because not every device
+    has float64.
     """
 
     def __init__(
@@ -111,12 +116,14 @@ class Axial64(Exact):
 
 @register
 class VJepa2(Position):
-    """V-JEPA 2's transform (arXiv:2506.09985) instead of a rotation: the channels of a pair use different angles.
+    """V-JEPA 2's transform (arXiv:2506.09985) instead of a rotation: the channels of a pair use
+    different angles.
 
-    Each axis has an equal, even share of channels; the others stay as they are. In a share of D channels,
-    channel i uses the angle coordinate * base^(-2 (i mod D/2) / D) together with its neighbour. Scores
-    depend on more than displacements: it serves weights that were trained with it. Raises ValueError for a
-    base that is not positive or heads without a pair of channels for each axis.
+    Each axis has an equal, even share of channels; the others stay as they are. In a share of D
+    channels, channel i uses the angle coordinate * base^(-2 (i mod D/2) / D) together with its
+    neighbour. Scores depend on more than displacements: it serves weights that were trained with
+    it. Raises ValueError for a base that is not positive or heads without a pair of channels for
+    each axis.
     """
 
     relative, reversible = False, True

@@ -1,19 +1,20 @@
-"""Rotary positions as matrix exponentials, R(p) = exp(sum_a p_a B_a): their derivation, and what else they allow.
+"""Rotary positions as matrix exponentials, R(p) = exp(sum_a p_a B_a): their derivation, and what
+else they allow.
 
-Su (https://kexue.fm/archives/8397) asks for R(p)ᵀ R(q) = R(q - p) and for p to be recoverable from R(p).
-Rotations are exponentials of skew-symmetric B, and the first condition holds if and only if the B_a of
-all axes commute. Then
+Su (https://kexue.fm/archives/8397) asks for R(p)ᵀ R(q) = R(q - p) and for p to be recoverable from
+R(p). Rotations are exponentials of skew-symmetric B, and the first condition holds if and only if
+the B_a of all axes commute. Then
 
-    2 x 2    every skew-symmetric matrix is a multiple of one: x and y would rotate by a x + b y, one
-             number for two;
-    3 x 3    each is a cross product with a vector; u and v commute only if u × v = 0: again one axis;
+    2 x 2    every skew-symmetric matrix is a multiple of one: x and y would rotate by a x + b y,
+             one number for two;
+    3 x 3    each is a cross product with a vector; u and v commute only if u × v = 0: one axis;
     4 x 4    two planes rotate independently, one by x and one by y: the simplest solution, of which
              axial RoPE is many copies.
 
-In D channels at most D // 2 independent matrices commute, so A axes need D >= 2 A. Commuting matrices
-share an orthogonal basis of planes, in which each is a list of D / 2 frequencies. What multiplies both
-queries and keys can be part of their projections, so every solution is a `Rotary` with other weights:
-`diagonalize` finds it, `string` learns the basis.
+In D channels at most D // 2 independent matrices commute, so A axes need D >= 2 A. Commuting
+matrices share an orthogonal basis of planes, in which each is a list of D / 2 frequencies. What
+multiplies both queries and keys can be part of their projections, so every solution is a `Rotary`
+with other weights: `diagonalize` finds it, `string` learns the basis.
 
 Shapes   L layers and H heads, A axes, S diagonal blocks of b channels each, S · b = D
 """
@@ -24,14 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Layout, Position
-from ..encoding import Encoding, Transform
+from ..encoding import Encoding
 from ..specs import register
+from ..transform import Transform
 from .axial import axial
 from .base import Pairs, Rotary, geometric
 
 
 def simplest(size: int, axes: int = 2) -> Tensor:
-    """Generators (A, size, size) of the simplest solution: axis a rotates channels 2a and 2a + 1, at 1 radian per unit.
+    """Generators (A, size, size) of the simplest solution: axis a rotates channels 2a and 2a + 1,
+    at 1 radian per unit.
 
     Raises ValueError where there is no solution.
     """
@@ -47,7 +50,9 @@ def simplest(size: int, axes: int = 2) -> Tensor:
 
 
 def skew(entries: Tensor, size: int) -> Tensor:
-    """Skew-symmetric matrices (…, size, size) from the entries below their diagonals (…, size · (size - 1) / 2)."""
+    """Skew-symmetric matrices (…, size, size) from the entries below their diagonals (…, size ·
+    (size - 1) / 2).
+    """
     row, column = torch.tril_indices(size, size, -1, device=entries.device)
     lower = entries.new_zeros(*entries.shape[:-1], size, size)
     lower[..., row, column] = entries
@@ -61,10 +66,11 @@ def cayley(generator: Tensor) -> Tensor:
 
 
 def diagonalize(generators: Tensor) -> tuple[Tensor, Tensor]:
-    """Frequencies (A, D / 2) of commuting generators (A, D, D), and the orthogonal basis (D, D) that reduces them.
+    """Frequencies (A, D / 2) of commuting generators (A, D, D), and the orthogonal basis (D, D)
+    that reduces them.
 
-    exp(sum_a p_a B_a) = U R U^T, where R rotates channels 2j and 2j + 1 by sum_a p_a freqs[a, j]. Computed in
-    float64. Raises ValueError where they are not skew-symmetric or do not commute.
+    exp(sum_a p_a B_a) = U R U^T, where R rotates channels 2j and 2j + 1 by sum_a p_a freqs[a, j].
+    Computed in float64. Raises ValueError where they are not skew-symmetric or do not commute.
     """
     b = generators.detach().double()
     scale = b.abs().max().clamp(min=1e-30)
@@ -89,7 +95,9 @@ def diagonalize(generators: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exponential(generators: Tensor, coords: Tensor) -> Tensor:
-    """R(p) = exp(sum_a p_a B_a) (L, B, N, H, S, b, b) of generators (L, H, A, S, b, b) at (N, A) or (B, N, A)."""
+    """R(p) = exp(sum_a p_a B_a) (L, B, N, H, S, b, b) of generators (L, H, A, S, b, b) at (N, A) or
+    (B, N, A).
+    """
     coords = coords.reshape(1, -1, coords.shape[-2], 1, coords.shape[-1], 1, 1, 1)
     return torch.linalg.matrix_exp((coords * generators.to(coords.device, coords.dtype)[:, None, None]).sum(dim=4))
 
@@ -101,14 +109,15 @@ def block_diagonal(blocks: Tensor) -> Tensor:
 
 
 class Exponential(Position):
-    """Queries and keys multiplied by R(p) = exp(sum_a p_a B_a) as written, with matrices for each token and head.
+    """Queries and keys multiplied by R(p) = exp(sum_a p_a B_a) as written, with matrices for each
+    token and head.
 
-    For study: where the generators commute, `Rotary` in another basis is the same for the cost of a table.
-    Here a token takes b numbers per channel in blocks of b channels, for each layer and head with its own
-    generators, and a matrix exponential: in blocks of 8, with 64 channels, 12 layers and 6 heads, 28 MB for
-    14 x 14 tokens and 144 MB for 32 x 32. Subclasses give generators (L, H, A, S, b, b) on the device and in
-    the precision of the coordinates, with L and H 1 where layers and heads share, or R(p) itself. Blocks
-    that extend beyond the head are cut off.
+    For study: where the generators commute, `Rotary` in another basis is the same for the cost of a
+    table. Here a token takes b numbers per channel in blocks of b channels, for each layer and head
+    with its own generators, and a matrix exponential: in blocks of 8, with 64 channels, 12 layers
+    and 6 heads, 28 MB for 14 x 14 tokens and 144 MB for 32 x 32. Subclasses give generators (L, H,
+    A, S, b, b) on the device and in the precision of the coordinates, with L and H 1 where layers
+    and heads share, or R(p) itself. Blocks that extend beyond the head are cut off.
     """
 
     reversible = True
@@ -138,13 +147,14 @@ class Exponential(Position):
 
 @register
 class Commuting(Exponential):
-    """Learned generators that commute because they are odd powers of one: B_a = sum_k c_ak S^(2k + 1), S^T = -S.
+    """Learned generators that commute because they are odd powers of one: B_a = sum_k c_ak S^(2k +
+    1), S^T = -S.
 
-    In blocks of b channels, the odd powers of one skew-symmetric S with distinct frequencies span everything
-    that commutes with it, so this is every relative rotary scheme of such blocks (arXiv:2504.06308), for each
-    layer and head. S is initialised at random with norm 1; coefficients from a normal distribution, times
-    base^(-s/S) in block s, in radians per unit. Raises ValueError for a block that is odd or does not divide
-    the head dimension.
+    In blocks of b channels, the odd powers of one skew-symmetric S with distinct frequencies span
+    everything that commutes with it, so this is every relative rotary scheme of such blocks
+    (arXiv:2504.06308), for each layer and head. S is initialised at random with norm 1;
+    coefficients from a normal distribution, times base^(-s/S) in block s, in radians per unit.
+    Raises ValueError for a block that is odd or does not divide the head dimension.
     """
 
     def __init__(self, layout: Layout, block: int = 4, base: float = 10.0) -> None:
@@ -177,7 +187,9 @@ class Commuting(Exponential):
         return (self.powers[..., None, None] * torch.stack(odd, dim=-3)[:, :, None]).sum(dim=-3)
 
     def folded(self) -> tuple[Tensor, Rotary]:
-        """The basis (L, H, D, D) of the generators' planes, and the same scheme in that basis: a `mixed` one."""
+        """The basis (L, H, D, D) of the generators' planes, and the same scheme in that basis: a
+        `mixed` one.
+        """
         generators = block_diagonal(self.generators(torch.zeros(1, dtype=torch.float64)).detach().double())
         reduced = [[diagonalize(head) for head in layer] for layer in generators]
         freqs, basis = (torch.stack([torch.stack([head[i] for head in layer]) for layer in reduced]) for i in (0, 1))
@@ -186,11 +198,13 @@ class Commuting(Exponential):
 
 @register
 class LieRE(Exponential):
-    """One learned generator per axis, which do not commute: a control that is not relative (arXiv:2406.10322).
+    """One learned generator per axis, which do not commute: a control that is not relative
+    (arXiv:2406.10322).
 
-    In blocks of b channels, for each layer and head. Entries are initialised uniformly in [0, 2 pi) radians
-    per length of the longest side of the training grid. Relative on one axis, and for block=2, where
-    matrices commute. Raises ValueError for a block that does not divide the head dimension.
+    In blocks of b channels, for each layer and head. Entries are initialised uniformly in [0, 2 pi)
+    radians per length of the longest side of the training grid. Relative on one axis, and for
+    block=2, where matrices commute. Raises ValueError for a block that does not divide the head
+    dimension.
     """
 
     def __init__(self, layout: Layout, block: int = 8) -> None:
@@ -212,11 +226,12 @@ class LieRE(Exponential):
 
 @register
 class String(Rotary):
-    """Axial RoPE in a basis that each head learns: U = (I - S)(I + S)^-1 of a skew-symmetric S, arXiv:2502.02562.
+    """Axial RoPE in a basis that each head learns: U = (I - S)(I + S)^-1 of a skew-symmetric S,
+    arXiv:2502.02562.
 
-    Queries and keys are multiplied by U (D, D), then rotated (Cayley-STRING). S is initialised from a normal
-    distribution with standard deviation `std`. A learned basis can become part of the projections:
-    `vit_rope.convert.fold` does that. Raises ValueError as `axial` does.
+    Queries and keys are multiplied by U (D, D), then rotated (Cayley-STRING). S is initialised from
+    a normal distribution with standard deviation `std`. A learned basis can become part of the
+    projections: `vit_rope.convert.fold` does that. Raises ValueError as `axial` does.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0, std: float = 0.02, pairs: Pairs = "interleaved") -> None:

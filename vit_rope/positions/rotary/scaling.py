@@ -1,12 +1,13 @@
-"""Rotary schemes on grids larger than that of training: modifiers such as "ntk(axial, factor=2)" or "dynamic(mixed)".
+"""Rotary schemes on grids larger than that of training: modifiers such as "ntk(axial, factor=2)" or
+"dynamic(mixed)".
 
 Beyond the training grid the slow pairs reach angles that no layer has seen. Each modifier lowers
-frequencies according to how many times farther coordinates extend than in training, a factor that may
-differ between axes. `interpolate` divides all frequencies alike; `ntk` divides the slowest most and the
-fastest not at all; `yarn` divides those that complete less than a revolution over the training grid;
-`dynamic` is `ntk` with the factor taken from the current grid.
+frequencies according to how many times farther coordinates extend than in training, a factor that
+may differ between axes. `interpolate` divides all frequencies alike; `ntk` divides the slowest most
+and the fastest not at all; `yarn` divides those that complete less than a revolution over the
+training grid; `dynamic` is `ntk` with the factor taken from the current grid.
 
-Shapes   L layers and H heads (1 if shared), A axes, R channel pairs; a factor and an extent for each axis
+Shapes   L layers and H heads (1 if shared), A axes, R channel pairs; factors and extents (A,)
 """
 
 import math
@@ -32,9 +33,9 @@ Rule = Callable[[Tensor, Sequence[Any], Sequence[float]], Tensor]  # of frequenc
 class Scaled(Change):
     """Frequencies lowered by a rule, by the factor of each axis.
 
-    With `dynamic`, factor f becomes 1 + f (s - 1) on a grid that extends s >= 1 times as far as that of
-    training; it is 1 for coordinates without a grid. `extent` is how far coordinates extend along each
-    axis in training.
+    With `dynamic`, factor f becomes 1 + f (s - 1) on a grid that extends s >= 1 times as far as
+    that of training; it is 1 for coordinates without a grid. `extent` is how far coordinates extend
+    along each axis in training.
     """
 
     name: str
@@ -61,27 +62,31 @@ class Scaled(Change):
 
 @register
 def interpolate(layout: Layout, scheme: Position, factor: Factor = 2.0) -> Position:
-    """All frequencies are divided by the factor, as if the larger grid were squeezed into the smaller (arXiv:2306.15595).
+    """All frequencies are divided by the factor, as if the larger grid were squeezed into the
+    smaller (arXiv:2306.15595).
 
-    Raises ValueError, as all modifiers do, for a factor that is not positive or is for another number of
-    axes, and where no part of the scheme is rotary along the axes of the grid.
+    Raises ValueError, as all modifiers do, for a factor that is not positive or is for another
+    number of axes, and where no part of the scheme is rotary along the axes of the grid.
     """
     return _scale(layout, scheme, "interpolate", interpolated, factor)
 
 
 @register
 def ntk(layout: Layout, scheme: Position, factor: Factor = 2.0) -> Position:
-    """The base grows such that the fastest pair of each axis stays and the slowest is divided by the factor.
+    """The base grows such that the fastest pair of each axis stays and the slowest is divided by
+    the factor.
 
-    "NTK-aware" scaling: base * s^(P / (P - 1)) for P pairs on an axis. Pairs that rotate along several
-    axes are ranked by the logarithm of their speed, which is the same for geometric frequencies.
+    "NTK-aware" scaling: base * s^(P / (P - 1)) for P pairs on an axis. Pairs that rotate along
+    several axes are ranked by the logarithm of their speed, which is the same for geometric
+    frequencies.
     """
     return _scale(layout, scheme, "ntk", ntk_aware, factor)
 
 
 @register
 def dynamic(layout: Layout, scheme: Position, factor: Factor = 1.0) -> Position:
-    """`ntk` by the current grid: factor * s - (factor - 1) where it extends s times as far as in training.
+    """`ntk` by the current grid: factor * s - (factor - 1) where it extends s times as far as in
+    training.
 
     On smaller grids, or without a grid, nothing changes, so a model can be trained with it.
     """
@@ -97,13 +102,14 @@ def yarn(
     fast: float = 2.0,
     temperature: float = 0.1,
 ) -> Position:
-    """Pairs that complete `fast` revolutions over the training grid stay, those below `slow` are interpolated
-    (arXiv:2309.00071).
+    """Pairs that complete `fast` revolutions over the training grid stay, those below `slow` are
+    interpolated (arXiv:2309.00071).
 
-    In between, the share grows with the number of revolutions, counted from one corner of the grid to the
-    opposite one. Half a revolution shows all phases to attention that looks both ways; the paper's 1 and
-    32 are for texts. Logits are multiplied by (temperature * ln s + 1)² with s the geometric mean of the
-    factors. Raises ValueError also unless 0 <= slow < fast and temperature >= 0.
+    In between, the share grows with the number of revolutions, counted from one corner of the grid
+    to the opposite one. Half a revolution shows all phases to attention that looks both ways; the
+    paper's 1 and 32 are for texts. Logits are multiplied by (temperature * ln s + 1)² with s the
+    geometric mean of the factors. Raises ValueError also unless 0 <= slow < fast and temperature >=
+    0.
     """
     if not 0 <= slow < fast or temperature < 0:
         raise ValueError(f"yarn needs 0 <= slow < fast and temperature >= 0, got {slow}, {fast} and {temperature}")
@@ -120,13 +126,17 @@ def interpolated(freqs: Tensor, factors: Sequence[Any], extent: Sequence[float])
 
 
 def ntk_aware(freqs: Tensor, factors: Sequence[Any], extent: Sequence[float]) -> Tensor:
-    """Frequencies divided by factor^r, where r ranks a pair among those of the axis: 0 for the fastest, 1 slowest."""
+    """Frequencies divided by factor^r, where r ranks a pair among those of the axis: 0 for the
+    fastest, 1 slowest.
+    """
     rank = ranks(freqs.detach())
     return torch.stack([freqs[..., a, :] * factor ** -rank[..., a, :] for a, factor in enumerate(factors)], dim=-2)
 
 
 def ranks(freqs: Tensor) -> Tensor:
-    """The logarithm of a pair's speed, scaled to 0 for the fastest and 1 for the slowest pair of each axis."""
+    """The logarithm of a pair's speed, scaled to 0 for the fastest and 1 for the slowest pair of
+    each axis.
+    """
     speed = freqs.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(freqs.dtype).tiny)
     rotates = freqs != 0
     fastest = torch.where(rotates, speed, speed.amin()).amax(dim=-1, keepdim=True)
@@ -137,7 +147,9 @@ def ranks(freqs: Tensor) -> Tensor:
 
 
 def by_parts(freqs: Tensor, factors: Sequence[Any], extent: Sequence[float], slow: float, fast: float) -> Tensor:
-    """Frequencies of which those with few revolutions over the training extent are divided by the factors."""
+    """Frequencies of which those with few revolutions over the training extent are divided by the
+    factors.
+    """
     angle = sum(freqs.detach()[..., a, :].abs() * length for a, length in enumerate(extent))
     revolutions = cast(Tensor, angle) / (2 * math.pi)
     kept = ((revolutions - slow) / (fast - slow)).clamp(0, 1)[..., None, :]
@@ -153,7 +165,9 @@ def _scale(
     dynamic: bool = False,
     temperature: float = 0.0,
 ) -> Position:
-    """The scheme with its rotary parts scaled by a rule; the logits are scaled once, however many parts there are."""
+    """The scheme with its rotary parts scaled by a rule; the logits are scaled once, however many
+    parts there are.
+    """
     factors = factor if isinstance(factor, tuple) else (factor,) * layout.axes
     if len(factors) != layout.axes or min(factors) <= 0:
         raise ValueError(f"factor is a positive number, or one for each of {layout.axes} axes, got {factor}")

@@ -1,7 +1,8 @@
-"""Rotary schemes that change more than the angle of queries and keys: values too, moduli only, or with a decay.
+"""Rotary schemes that change more than the angle of queries and keys: values too, moduli only, or
+with a decay.
 
-Shapes   B samples, N tokens, L layers and H heads (1 if shared), A axes, R channel pairs; coordinates
-         (N, A) or (B, N, A)
+Shapes   B samples, N tokens, L layers and H heads (1 if shared), A axes, R channel pairs;
+         coordinates (N, A) or (B, N, A)
 """
 
 from collections.abc import Sequence
@@ -11,19 +12,21 @@ from torch import Tensor, nn
 
 from ...ops.tables import angles
 from ..base import Layout
-from ..encoding import Encoding, Transform
+from ..encoding import Encoding
 from ..specs import register
+from ..transform import Transform
 from .axial import axial
 from .base import Pairs, Rotary, rotation_of
 
 
 @register
 class ValueRoPE(Rotary):
-    """Axial RoPE that also rotates values, and rotates each output back: o_i = sum_j a_ij R(j - i) v_j.
+    """Axial RoPE that also rotates values, and rotates each output back: o_i = sum_j a_ij R(j - i)
+    v_j.
 
-    Content is then carried in the frame of the token that reads it (GTA, arXiv:2310.10375). With undo=False
-    outputs stay rotated, as in RoFormer's code (arXiv:2104.09864): they then reveal their position, so the
-    scheme is not relative.
+    Content is then carried in the frame of the token that reads it (GTA, arXiv:2310.10375). With
+    undo=False outputs stay rotated, as in RoFormer's code (arXiv:2104.09864): they then reveal
+    their position, so the scheme is not relative.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0, undo: bool = True, pairs: Pairs = "interleaved") -> None:
@@ -38,11 +41,12 @@ class ValueRoPE(Rotary):
 
 @register
 class PoPE(Rotary):
-    """Polar positions: content gives each channel only a modulus, position only a phase (arXiv:2509.10534).
+    """Polar positions: content gives each channel only a modulus, position only a phase
+    (arXiv:2509.10534).
 
-    The score is sum_c softplus(q_c) softplus(k_c) cos(theta_c · (p_k - p_q) + delta_c) / sqrt(D), with a
-    frequency for each of the D channels of a head, shared out as in `axial`, and a phase delta that each
-    layer and head learns, starting at 0.
+    The score is sum_c softplus(q_c) softplus(k_c) cos(theta_c · (p_k - p_q) + delta_c) / sqrt(D),
+    with a frequency for each of the D channels of a head, shared out as in `axial`, and a phase
+    delta that each layer and head learns, starting at 0.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0) -> None:
@@ -63,12 +67,13 @@ class PoPE(Rotary):
 
 @register
 class XPos(Rotary):
-    """RoPE with a decay on one axis: queries are multiplied by zeta^(p / scale), keys by zeta^(-p / scale).
+    """RoPE with a decay on one axis: queries are multiplied by zeta^(p / scale), keys by zeta^(-p /
+    scale).
 
-    For pair j of P, zeta = (j/P + gamma) / (1 + gamma). Logits decay as zeta^((p_q - p_k) / scale) for keys
-    before their query, as intended (arXiv:2212.10554), and grow for keys after it. Raises ValueError on
-    more axes: a decay in all directions is not a product of one factor per token, so rotations of the plane
-    have none.
+    For pair j of P, zeta = (j/P + gamma) / (1 + gamma). Logits decay as zeta^((p_q - p_k) / scale)
+    for keys before their query, as intended (arXiv:2212.10554), and grow for keys after it. Raises
+    ValueError on more axes: a decay in all directions is not a product of one factor per token, so
+    rotations of the plane have none.
     """
 
     def __init__(self, layout: Layout, base: float = 10000.0, scale: float = 512.0, gamma: float = 0.4) -> None:
