@@ -1,6 +1,7 @@
-"""Commands in processes of their own, forked from one that has imported everything: a second each instead of ten.
+"""Commands in separate processes, forked from one that has imported everything.
 
-`python -m tests.processes kill SEED KILLS ARGUMENTS` kills a run again and again until it may end, and
+A command then takes 1 second instead of 10.
+`python -m tests.processes kill SEED KILLS ARGUMENTS` kills a run KILLS times and lets it finish,
 `python -m tests.processes ranks N ARGUMENTS` is a small torchrun.
 """
 
@@ -19,14 +20,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(*args: object, **env: str) -> subprocess.Popen:
-    """`python -m …` in the background, on one thread."""
+    """Start `python -m …` in the background, with one thread."""
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **env)
     command = [sys.executable, "-m", *map(str, args)]
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
-    """Its exit status and what it said; it is ended when the time is over."""
+    """Exit status, stdout and stderr of a process, which is killed after `timeout` seconds."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -35,7 +36,7 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, s
 
 
 def fork(args: list[str], env: dict[str, str], log: str) -> int:
-    """A child that runs a training command, its output in a file."""
+    """Fork a child that runs a training command, its output in a file; returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -60,20 +61,24 @@ def fork(args: list[str], env: dict[str, str], log: str) -> int:
 
 
 def kill(seed: int, kills: int, args: list[str]) -> dict:
-    """Kill a run at random moments, going on from its last checkpoint wherever it has one, and let the last try end."""
-    draw = random.Random(seed)
+    """Kill a run at random moments and resume it each time, then let it finish.
+
+    It starts over if it has no checkpoint yet. Returns the number of kills, of resumed starts, and
+    of runs that finished before they were killed.
+    """
+    generator = random.Random(seed)
     out = Path(args[args.index("--out") + 1])
     log, counts = f"{out}.log", {"kills": 0, "resumed": 0, "ended": 0}
-    began = time.monotonic()
-    os.waitpid(fork([*args, "--out", f"{out}.whole"], {}, log), 0)
-    longest = time.monotonic() - began
+    started = time.monotonic()
+    os.waitpid(fork([*args, "--out", f"{out}.uninterrupted"], {}, log), 0)
+    duration = time.monotonic() - started
     while True:
-        last = (out / "checkpoints" / "last.ckpt").exists()
-        counts["resumed"] += last
-        options = ["--ckpt_path", "last"] if last else ["--overwrite", "true"]
+        resumes = (out / "checkpoints" / "last.ckpt").exists()
+        counts["resumed"] += resumes
+        options = ["--ckpt_path", "last"] if resumes else ["--overwrite", "true"]
         child = fork([*args, *options], {}, log)
         if counts["kills"] < kills:
-            time.sleep(draw.uniform(0.2, 1.0) * longest)
+            time.sleep(generator.uniform(0.2, 1.0) * duration)
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
@@ -81,7 +86,7 @@ def kill(seed: int, kills: int, args: list[str]) -> dict:
                 raise SystemExit(Path(log).read_text()[-3000:])
             if counts["kills"] >= kills:
                 return counts
-            counts["ended"] += 1  # before it was killed: once more from the start
+            counts["ended"] += 1  # before it was killed: start over
             for path in out.glob("checkpoints/*"):
                 path.unlink()
         else:
@@ -89,10 +94,12 @@ def kill(seed: int, kills: int, args: list[str]) -> dict:
 
 
 def ranks(count: int, args: list[str]) -> int:
-    """Run a command in `count` processes that know of each other as under torchrun; the worst exit status."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    """Run a command in `count` processes with the environment of torchrun; returns the highest exit
+    status.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "t"}
     shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     log = f"{args[args.index('--out') + 1]}.log"
@@ -104,12 +111,12 @@ def ranks(count: int, args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    import diffusers  # noqa: F401 - once for all children
+    import diffusers  # noqa: F401 - imported once for all children
 
     from vit_rope.cli import fit  # noqa: F401
 
-    verb, number, *rest = sys.argv[1:]
+    verb, number, *arguments = sys.argv[1:]
     if verb == "kill":
-        print(json.dumps(kill(int(number), int(rest[0]), rest[1:])))
+        print(json.dumps(kill(int(number), int(arguments[0]), arguments[1:])))
     else:
-        sys.exit(ranks(int(number), rest))
+        sys.exit(ranks(int(number), arguments))

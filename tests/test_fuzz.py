@@ -1,7 +1,7 @@
-"""Anything may come in: it works, or it is refused in one line of ours.
+"""Random inputs: each works, or raises an error of this library with a message of one line.
 
-`VIT_ROPE_FUZZ=5000 pytest tests/test_fuzz.py -m "slow or not slow"` tries that many of each; with
-`VIT_ROPE_FUZZ_OUT=results/fuzz.csv` the counts are kept there.
+`VIT_ROPE_FUZZ=5000 pytest tests/test_fuzz.py -m "slow or not slow"` tries that many of each kind;
+`VIT_ROPE_FUZZ_OUT=results/fuzz.csv` writes the counts there.
 """
 
 import contextlib
@@ -37,37 +37,38 @@ MODEL = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1, "position
 
 
 def fuzz(examples: int, share: float = 1.0):
-    """Hypothesis, the same examples every time, as many as the environment asks for."""
+    """Hypothesis settings: the same examples every time, VIT_ROPE_FUZZ of them if it is set."""
     number = round(NUMBER * share) or examples
     health = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
     return settings(max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=health)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kept():
+def write_counts():
+    """After all tests, write the counts to the file named by VIT_ROPE_FUZZ_OUT."""
     yield
     if path := os.environ.get("VIT_ROPE_FUZZ_OUT"):
         with Path(path).open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["inputs", "tried", "accepted", "refused in one line"])
-            for name, found in COUNTS.items():
-                writer.writerow([name, sum(found.values()), found["accepted"], found["refused"]])
+            for name, counts in COUNTS.items():
+                writer.writerow([name, sum(counts.values()), counts["accepted"], counts["refused"]])
 
 
 def attempt(name: str, call) -> None:
-    """Call; it may only raise a ValueError of one line, said by this library, or end as the command line does."""
+    """Call; it may only raise a one-line ValueError of this library or exit as the command line."""
     counts = COUNTS.setdefault(name, Counter())
-    fault, said = None, ""
+    fault, message = None, ""
     try:
         call()
     except ValueError as error:
-        fault, said = error, str(error)
+        fault, message = error, str(error)
     except SystemExit as error:
-        fault, said = error, str(error.code).removeprefix("error: ")
+        fault, message = error, str(error.code).removeprefix("error: ")
     counts["accepted" if fault is None else "refused"] += 1
     if fault is not None:
-        assert said.strip()
-        assert "\n" not in said.strip()
+        assert message.strip()
+        assert "\n" not in message.strip()
         assert isinstance(fault, SystemExit) or "vit_rope" in traceback.extract_tb(fault.__traceback__)[-1].filename
 
 
@@ -106,21 +107,22 @@ def test_specs(spec, axes):
 # Files
 
 
-def picture(kind: str) -> bytes:
+def encoded_image(kind: str) -> bytes:
+    """An image of 9 x 12 pixels in this format."""
     content = io.BytesIO()
     values = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
     Image.fromarray(values).save(content, kind)
     return content.getvalue()
 
 
-KINDS = {kind: picture(kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")}
+KINDS = {kind: encoded_image(kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")}
 
 
-def changed(content: bytes, places: list[tuple[float, int]], cut: float) -> bytes:
-    """Content with some bytes replaced, and its end missing."""
+def corrupt(content: bytes, changes: list[tuple[float, int]], cut: float) -> bytes:
+    """Content, changed at some positions and truncated (both as shares of its length)."""
     array = bytearray(content)
-    for place, value in places:
-        array[int(place * (len(array) - 1))] = value
+    for position, value in changes:
+        array[int(position * (len(array) - 1))] = value
     return bytes(array[: int(len(array) * cut)])
 
 
@@ -128,17 +130,18 @@ changes = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8)
 cuts = st.one_of(st.just(1.0), st.floats(0, 1))
 
 
-@pytest.mark.filterwarnings("ignore")  # of Pillow's, on what it can still read
+@pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged files that it can still read
 @fuzz(300)
 @given(st.one_of(st.sampled_from(sorted(KINDS)), st.binary(max_size=300)), changes, cuts)
-def test_images(tmp_path, kind, places, cut):
-    content = changed(KINDS[kind], places, cut) if isinstance(kind, str) else kind
+def test_images(tmp_path, kind, changed, cut):
+    content = corrupt(KINDS[kind], changed, cut) if isinstance(kind, str) else kind
     path = tmp_path / "image"
     path.write_bytes(content)
     attempt("image bytes", lambda: read_image(path, 2**20))
 
 
 def saved(content) -> bytes:
+    """The bytes that torch.save writes."""
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
@@ -149,9 +152,9 @@ FILES = [saved({"state_dict": {"a": torch.ones(3)}, "config": "x: 1"}), pickle.d
 
 @fuzz(200)
 @given(st.one_of(st.sampled_from([0, 1]), st.binary(max_size=200)), changes, cuts)
-def test_checkpoint_bytes(tmp_path, file, places, cut):
+def test_checkpoint_bytes(tmp_path, file, changed, cut):
     path = tmp_path / "x.ckpt"
-    path.write_bytes(changed(FILES[file], places, cut) if isinstance(file, int) else file)
+    path.write_bytes(corrupt(FILES[file], changed, cut) if isinstance(file, int) else file)
     attempt("checkpoint bytes", lambda: files.read(path))
 
 
@@ -159,7 +162,7 @@ def test_checkpoint_bytes(tmp_path, file, places, cut):
 
 model = timm.create_model("vit_rope_tiny_patch16_224", in_chans=1, num_classes=10, **MODEL)
 state = {name: value.clone() for name, value in model.state_dict().items()}
-odd = st.one_of(
+unusual_values = st.one_of(
     st.lists(st.integers(0, 3), max_size=4).map(lambda shape: torch.zeros(shape)),
     st.sampled_from(
         [torch.tensor(float("nan")), torch.ones(3, dtype=torch.long), torch.ones(2, dtype=torch.complex64)]
@@ -168,7 +171,7 @@ odd = st.one_of(
 )
 faults = st.one_of(
     st.tuples(st.just("drop"), st.sampled_from(sorted(state)), st.none()),
-    st.tuples(st.just("set"), st.one_of(st.sampled_from(sorted(state)), st.text(max_size=12)), odd),
+    st.tuples(st.just("set"), st.one_of(st.sampled_from(sorted(state)), st.text(max_size=12)), unusual_values),
     st.tuples(st.just("nan"), st.sampled_from(sorted(state)), st.none()),
     st.tuples(st.just("rename"), st.sampled_from(sorted(state)), st.text(max_size=12)),
 )
@@ -176,16 +179,16 @@ faults = st.one_of(
 
 @fuzz(150)
 @given(st.lists(faults, max_size=3), st.sampled_from(["", "state_dict", "model", "state_dict_ema"]), st.booleans())
-def test_state_dicts(tmp_path, made, key, prefixed):
+def test_state_dicts(tmp_path, edits, key, prefixed):
     content = dict(state)
-    for what, name, value in made:
-        if what == "set":
+    for edit, name, value in edits:
+        if edit == "set":
             content[name] = value
         elif name in content:
             old = content.pop(name)
-            if what == "nan":
+            if edit == "nan":
                 content[name] = state[name] * float("nan")
-            elif what == "rename":
+            elif edit == "rename":
                 content[value] = old
     content = {f"model.{name}": value for name, value in content.items()} if prefixed else content
     torch.save({key: content} if key else content, tmp_path / "x.ckpt")
@@ -196,27 +199,28 @@ def test_state_dicts(tmp_path, made, key, prefixed):
 # YAML
 
 
-def places(node, path=()):
+def key_paths(node, path=()):
+    """The paths of all keys in nested dictionaries."""
     yield path
     for key, child in node.items() if isinstance(node, dict) else ():
-        yield from places(child, (*path, key))
+        yield from key_paths(child, (*path, key))
 
 
-WHOLE = CONFIG | {"model": CLASSIFIER}
+COMPLETE = CONFIG | {"model": CLASSIFIER}
 values = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 40), st.integers(), st.floats(), st.text(max_size=6),
     st.lists(st.integers(-1, 3), max_size=3), st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
     st.sampled_from(["auto", "axial", "class_path", "mixed(base=0)", "../..", "1e400", "nan", "-1"]),
 )  # fmt: skip
-COSTLY = {"max_epochs", "limit_train_batches", "limit_val_batches"}  # may be anything large, and that is then trained
+COSTLY = {"max_epochs", "limit_train_batches", "limit_val_batches"}  # a large value would train for long
 
 
-@pytest.mark.filterwarnings("ignore")  # of Lightning's, on settings that work but are odd
+@pytest.mark.filterwarnings("ignore")  # Lightning's, on unusual settings that work
 @pytest.mark.slow
 @fuzz(30, share=0.1)
-@given(st.sampled_from([path for path in places(WHOLE) if path and path[-1] not in COSTLY]), values)
+@given(st.sampled_from([path for path in key_paths(COMPLETE) if path and path[-1] not in COSTLY]), values)
 def test_yaml_values(tmp_path, path, value):
-    config: dict = copy.deepcopy(WHOLE)
+    config: dict = copy.deepcopy(COMPLETE)
     node = config
     for key in path[:-1]:
         node = node[key]

@@ -1,4 +1,4 @@
-"""Data: fixed honest splits, an order that depends on (seed, epoch) alone, readers that name what is wrong."""
+"""Data: fixed disjoint splits, an order from (seed, epoch) only, readers with clear errors."""
 
 import gzip
 import importlib.util
@@ -56,7 +56,7 @@ def test_digits_split_is_fixed_stratified_and_disjoint():
         assert ((share > 0.09) & (share < 0.11)).all()
 
 
-def test_evaluation_sees_everything_once_and_unchanged():
+def test_evaluation_yields_every_image_once_and_unchanged():
     data = Digits(batch_size=50, augment="strong")
     data.setup()
     for name, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
@@ -65,7 +65,7 @@ def test_evaluation_sees_everything_once_and_unchanged():
         assert torch.equal(images, data.splits[name][0].float() / 127.5 - 1)
 
 
-def test_training_batches_are_whole_shuffled_and_in_range():
+def test_training_batches_are_full_shuffled_and_in_range():
     data = Digits(batch_size=100, augment="strong")
     data.setup()
     images, labels = batches(data.train_dataloader())
@@ -76,7 +76,7 @@ def test_training_batches_are_whole_shuffled_and_in_range():
     assert not torch.equal(labels[:100], data.splits["train"][1][:100])
 
 
-def test_a_single_image_equals_its_place_in_a_batch():
+def test_single_image_equals_the_same_image_of_a_batch():
     images = Images((torch.arange(12, dtype=torch.uint8).view(3, 1, 2, 2), torch.tensor([5, 6, 7])))
     image, label = images[1]
     assert torch.equal(image, images.__getitems__([2, 1])[0][1])
@@ -92,11 +92,11 @@ def test_hold_out():
 # Order
 
 
-def test_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_on_seed_and_epoch_only():
     def order(seed: int, epoch: int) -> list[int]:
         torch.manual_seed(seed)
         sampler = ResumableSampler(20, shuffle=True)
-        torch.rand(7)  # what else was drawn does not matter
+        torch.rand(7)  # other random numbers do not matter
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -130,47 +130,47 @@ def test_no_augmentation_is_the_identity():
     assert torch.equal(Augment()(images), images)
 
 
-def test_shifts_move_whole_pixels_and_bring_in_black():
+def test_shifts_are_full_pixels_and_new_areas_are_black():
     images = torch.full((64, 1, 8, 8), -1.0)
     images[:, :, 4, 4] = 1.0
     moved = Augment(shift=0.25)(images)
     torch.testing.assert_close(moved.sort(dim=-1).values.sum(), images.sum())
-    places = (moved > 0.99).flatten(1)
-    assert (places.sum(dim=1) == 1).all()
-    cells = places.int().argmax(dim=1)
+    bright = (moved > 0.99).flatten(1)
+    assert (bright.sum(dim=1) == 1).all()
+    cells = bright.int().argmax(dim=1)
     assert len(cells.unique()) > 10  # each image has its own shift
     assert ((cells // 8 - 4).abs() <= 2).all()
     assert ((cells % 8 - 4).abs() <= 2).all()
 
 
-def test_flips_are_exact_and_drawn_for_each_image():
+def test_flips_are_exact_and_independent():
     images = torch.rand(64, 3, 6, 10) * 2 - 1
-    turned = Augment(flip=True)(images)
-    same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(turned, images, strict=True)]
-    mirrored = [torch.allclose(a, b.flip(-1), atol=1e-5) for a, b in zip(turned, images, strict=True)]
+    flipped = Augment(flip=True)(images)
+    same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(flipped, images, strict=True)]
+    mirrored = [torch.allclose(a, b.flip(-1), atol=1e-5) for a, b in zip(flipped, images, strict=True)]
     assert all(a != b for a, b in zip(same, mirrored, strict=True))
     assert 10 < sum(same) < 54
 
 
-def test_turning_keeps_shapes_on_images_that_are_not_square():
+def test_rotation_preserves_lines_on_images_that_are_not_square():
     images = torch.full((1, 1, 21, 41), -1.0)
     images[:, :, 10, :] = 1.0  # a horizontal line through the middle
     torch.manual_seed(0)
-    turned = Augment(turn=90.0)(images)
-    rows, columns = (turned[0, 0] > 0).nonzero().float().T
-    spread = torch.linalg.svdvals(torch.stack((rows - rows.mean(), columns - columns.mean())))
-    assert spread[1] < 0.15 * spread[0]  # still a line, wherever it points
+    rotated = Augment(rotate=90.0)(images)
+    rows, columns = (rotated[0, 0] > 0).nonzero().float().T
+    lengths = torch.linalg.svdvals(torch.stack((rows - rows.mean(), columns - columns.mean())))
+    assert lengths[1] < 0.15 * lengths[0]  # still a line, in some direction
     assert rows.max() > 11
 
 
-def test_holes_are_small_and_spare_some_images():
+def test_holes_are_small_and_only_in_some_images():
     images = torch.full((200, 1, 12, 12), -3.0)
     hole = (Augment(erase=0.5)(images) != -3.0).flatten(1).float().mean(dim=1)
     assert hole.max() <= (5 / 12) ** 2
     assert 0.25 < (hole > 0).float().mean() < 0.75
 
 
-def test_user_transforms_see_one_uint8_image_at_a_time():
+def test_user_transforms_get_single_uint8_images():
     seen = []
 
     class Spy(v2.Transform):
@@ -238,7 +238,7 @@ def test_fashion_has_its_official_test_images(tmp_path):
     assert data.splits["test"][1].bincount().tolist() == [1000] * 10
 
 
-def test_fashion_says_what_is_wrong(fashion, tmp_path):
+def test_fashion_errors(fashion, tmp_path):
     root = fashion(labels=39)
     with pytest.raises(ValueError, match="40 images but 39 labels"):
         FashionMNIST(str(root)).setup()
@@ -250,10 +250,10 @@ def test_fashion_says_what_is_wrong(fashion, tmp_path):
     ("content", "message"),
     [
         (b"", "it begins with nothing"),
-        (bytes([0, 0, 8, 1, 0, 0, 0, 0]), "no IDX file of bytes along 3 axes: it begins with 00000801"),
+        (bytes([0, 0, 8, 1, 0, 0, 0, 0]), "not an IDX file of bytes with 3 axes: it begins with 00000801"),
         (b"<html>not found</html>", "it begins with 3c68746d"),
-        (idx(np.zeros((2, 3, 4), np.uint8))[:-1], r"should hold 24 bytes for \[2, 3, 4\], but has 23"),
-        (idx(np.zeros((2, 3, 4), np.uint8)) + b"x", "but has 25"),
+        (idx(np.zeros((2, 3, 4), np.uint8))[:-1], r"must hold 24 bytes for shape \[2, 3, 4\], got 23"),
+        (idx(np.zeros((2, 3, 4), np.uint8)) + b"x", "got 25"),
     ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
@@ -266,8 +266,8 @@ def test_bad_idx_files(tmp_path, content, message, zipped):
 
 def test_damaged_gzip(tmp_path):
     path = tmp_path / "bad.gz"
-    whole = gzip.compress(idx(np.zeros((20, 30, 40), np.uint8)))
-    for content in (whole[:-20], b"no gzip at all", whole[:15] + b"xxxx" + whole[19:]):
+    valid = gzip.compress(idx(np.zeros((20, 30, 40), np.uint8)))
+    for content in (valid[:-20], b"no gzip at all", valid[:15] + b"xxxx" + valid[19:]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.gz is damaged"):
             read_idx(path, 3)
@@ -298,21 +298,21 @@ def test_cifar(monkeypatch, tmp_path, classes):
     assert data.num_classes == classes
 
 
-def test_signals_to_workers_leave_the_end_to_the_process_they_work_for():
-    """As a terminal sends them at Ctrl-C, and a scheduler before it ends a job: to all processes."""
+def test_workers_ignore_signals_and_end_with_the_main_process():
+    """Terminals (Ctrl-C) and schedulers send signals to all processes."""
     data = Digits(batch_size=200, workers=1)
     data.setup()
-    whole, found = list(data.train_dataloader()), []
+    expected, batches = list(data.train_dataloader()), []
     before = set(multiprocessing.active_children())
     loader = data.train_dataloader()
     loader.sampler.set_epoch(0)
     for batch in loader:
-        found.append(batch)
+        batches.append(batch)
         (worker,) = set(multiprocessing.active_children()) - before
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(worker.pid, number)
-    assert len(found) == 6
-    assert all(torch.equal(one[0], other[0]) for one, other in zip(whole, found, strict=True))
+    assert len(batches) == 6
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(expected, batches, strict=True))
     del loader
     worker.join(5)
     assert worker.exitcode == 0
@@ -335,7 +335,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("augment", ["none", "light", "strong"])
-def test_folder_of_any_modes(folder, augment):
+def test_folder_with_images_of_several_modes(folder, augment):
     data = ImageFolder(str(folder), img_size=16, batch_size=8, workers=0, augment=augment)
     assert (data.num_classes, data.classes, data.in_chans, data.img_size) == (2, ["cat", "dog"], 3, 16)
     images, labels = next(iter(data.train_dataloader()))
@@ -348,7 +348,7 @@ def test_folder_of_any_modes(folder, augment):
     assert torch.equal(batches(data.test_dataloader())[1], labels)  # without a test folder, test is val
 
 
-def test_own_transforms_replace_the_augmentation(folder):
+def test_user_transforms_replace_the_augmentation(folder):
     data = ImageFolder(
         str(folder), img_size=16, batch_size=2, workers=0, transforms=[v2.Resize((16, 16)), v2.RandomInvert(1.0)]
     )
@@ -371,7 +371,7 @@ def test_empty_folders(folder, tmp_path):
         path.unlink()
     with pytest.raises(ValueError, match=r"class folder .*val/dog has no images"):
         ImageFolder(str(folder))
-    with pytest.raises(ValueError, match=r"no folder .*nowhere/train: ImageFolder wants ROOT/train/CLASS/"):
+    with pytest.raises(ValueError, match=r"no folder .*nowhere/train: ImageFolder needs ROOT/train/CLASS/"):
         ImageFolder(str(tmp_path / "nowhere"))
     (tmp_path / "bare" / "train").mkdir(parents=True)
     (tmp_path / "bare" / "val").mkdir()
@@ -389,25 +389,35 @@ def test_broken_images_are_named(folder, content, workers):
 
 
 def test_wrong_options(folder):
-    with pytest.raises(ValueError, match="augment is none, light or strong, got 'much'"):
+    with pytest.raises(ValueError, match="augment must be none, light or strong, got 'much'"):
         ImageFolder(str(folder), augment="much")
-    with pytest.raises(ValueError, match="augment is none, light or strong, got 'much'"):
+    with pytest.raises(ValueError, match="augment must be none, light or strong, got 'much'"):
         Digits(augment="much")
     with pytest.raises(ValueError, match="0 < crop <= 1"):
         ImageFolder(str(folder), crop=2)
-    with pytest.raises(ValueError, match=r"mean and std are 3 numbers each, std above 0, got .* and \(0, 0, 0\)"):
+    with pytest.raises(
+        ValueError, match=r"mean and std must be 3 finite numbers each, std above 0, got .* and \(0, 0, 0\)"
+    ):
         ImageFolder(str(folder), std=[0, 0, 0])
-    with pytest.raises(ValueError, match=r"mean and std are 3 numbers each, std above 0, got \(nan, 0, 0\) and"):
+    with pytest.raises(
+        ValueError, match=r"mean and std must be 3 finite numbers each, std above 0, got \(nan, 0, 0\) and"
+    ):
         ImageFolder(str(folder), mean=(math.nan, 0, 0))
-    with pytest.raises(ValueError, match="batch_size >= 1 and workers >= 0, got 8 and -1"):
+    with pytest.raises(ValueError, match=r"^batch_size must be at least 1, got 0$"):
+        Digits(batch_size=0)
+    with pytest.raises(ValueError, match=r"^workers must be at least 0, got -1$"):
         Digits(batch_size=8, workers=-1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batchsize'"):
+        ImageFolder(str(folder), batchsize=2)
 
 
-# Images as they come
+# Image files
 
 
 def save(path: Path, mode: str) -> np.ndarray:
-    """A picture of this mode whose RGB pixels are known: dark on the left, bright on the right."""
+    """Save an image of this mode, dark on the left and bright on the right; returns its grey
+    values.
+    """
     grey = np.zeros((8, 8), np.uint8)
     grey[:, 4:] = 200
     rgb = Image.fromarray(np.stack([grey] * 3, axis=-1))
@@ -426,7 +436,7 @@ def save(path: Path, mode: str) -> np.ndarray:
             image = rgb.convert(mode)
             image.putalpha(alpha)
             image.save(path)
-            grey[:, :4] = 255  # what is transparent shows white
+            grey[:, :4] = 255  # transparent areas become white
         case _:
             rgb.convert(mode, dither=Image.Dither.NONE).save(path)
     return grey
@@ -445,20 +455,20 @@ MODES += [
 
 
 @pytest.mark.parametrize(("mode", "kind"), MODES, ids=[f"{mode} {kind}" for mode, kind in MODES])
-def test_every_mode_shows_what_it_shows(tmp_path, mode, kind):
+def test_every_mode_is_converted_to_rgb(tmp_path, mode, kind):
     path = tmp_path / f"image.{kind}"
-    wanted = save(path, mode)
+    expected = save(path, mode)
     image = read_image(path, MAX_PIXELS)
     assert image.mode == "RGB"
     assert image.size == (8, 8)
-    found = np.asarray(image).astype(int)
+    pixels = np.asarray(image).astype(int)
     bright = 255 if mode == "1" else 200
-    assert abs(found[:, 0] - wanted[0, 0]).max() <= 8
-    assert abs(found[:, 7] - bright).max() <= 8
+    assert abs(pixels[:, 0] - expected[0, 0]).max() <= 8
+    assert abs(pixels[:, 7] - bright).max() <= 8
 
 
 def bomb(path: Path, width: int, height: int) -> None:
-    """A PNG that says it is this large, and is small on the disk."""
+    """A small PNG file whose header claims a large image."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -468,34 +478,34 @@ def bomb(path: Path, width: int, height: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(20_000, 20_000), (9_000, 9_000), (1, 1_000_000)])
-def test_image_bombs_are_refused_by_their_head(tmp_path, size, monkeypatch):
+def test_image_bombs_are_refused_by_their_header(tmp_path, size, monkeypatch):
     path = tmp_path / "bomb.png"
     bomb(path, *size)
-    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was unpacked"))
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(
         ValueError,
-        match=rf"bomb\.png.*(too large: {size[0]} x {size[1]}, more than max_pixels|DecompressionBomb|exceeds limit)",
+        match=rf"bomb\.png.*(too large: {size[0]} x {size[1]} exceeds max_pixels|DecompressionBomb|exceeds limit)",
     ):
         read_image(path, MAX_PIXELS)
 
 
-def test_limit_on_pixels_can_be_set(folder):
-    with pytest.raises(ValueError, match=r"is too large: 40 x 30, more than max_pixels 1000 allows"):
+def test_max_pixels_can_be_set(folder):
+    with pytest.raises(ValueError, match=r"is too large: 40 x 30 exceeds max_pixels 1000"):
         next(iter(ImageFolder(str(folder), img_size=16, batch_size=2, workers=0, max_pixels=1000).val_dataloader()))
-    with pytest.raises(ValueError, match=r"max_pixels is above 0 and at most Pillow's \d+, got 0"):
+    with pytest.raises(ValueError, match=r"max_pixels must be at least 1 and at most Pillow's limit of \d+, got 0"):
         ImageFolder(str(folder), max_pixels=0)
 
 
 @pytest.mark.parametrize("augment", ["none", "light", "strong"])
-def test_one_pixel_is_an_image(folder, augment):
+def test_images_of_one_pixel(folder, augment):
     Image.new("L", (1, 1), 7).save(folder / "train" / "cat" / "0.png")
     data = ImageFolder(str(folder), img_size=16, batch_size=8, workers=0, augment=augment)
     assert next(iter(data.train_dataloader()))[0].shape == (8, 3, 16, 16)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_broken_images_are_left_out_and_counted(folder, workers, caplog):
-    (folder / "train" / "dog" / "3.png").write_bytes(b"")  # the last, whose neighbour is the first
+def test_broken_images_are_skipped_and_counted(folder, workers, caplog):
+    (folder / "train" / "dog" / "3.png").write_bytes(b"")  # the last file, which the first one replaces
     (folder / "train" / "cat" / "1.png").write_bytes(b"no image")
     (folder / "val" / "cat" / "0.png").write_bytes(b"")
     options = {"img_size": 16, "workers": workers, "on_error": "skip"}
@@ -506,46 +516,46 @@ def test_broken_images_are_left_out_and_counted(folder, workers, caplog):
     assert labels.bincount().tolist() == [5, 3]
     assert batches.dataset.dataset.skipped == 2
     batches = data.val_dataloader()
-    assert [labels.tolist() for _, labels in batches] == [[0, 1, 1]]  # no score counts an image twice
+    assert [labels.tolist() for _, labels in batches] == [[0, 1, 1]]  # validation replaces none, so none counts twice
     assert batches.dataset.dataset.skipped == 1
     if not workers:
-        assert "left out: cannot read the image" in caplog.text
-    with pytest.raises(ValueError, match="on_error is stop or skip, got 'maybe'"):
+        assert "skipped: cannot read the image" in caplog.text
+    with pytest.raises(ValueError, match="on_error must be stop or skip, got 'maybe'"):
         ImageFolder(str(folder), on_error="maybe")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_of_broken_images_alone(folder, workers):
+def test_batches_with_broken_images_only(folder, workers):
     for path in (folder / "train" / "dog" / "2.png", folder / "val" / "cat" / "1.png"):
         path.write_bytes(b"")
     data = ImageFolder(str(folder), img_size=16, batch_size=1, workers=workers, on_error="skip")
-    whole = list(data.train_dataloader())
-    assert len(whole) == 8
+    expected = list(data.train_dataloader())
+    assert len(expected) == 8
     again = data.train_dataloader()
     again.load_state_dict({"epoch": 0, "batches": 5})
-    for (images, labels), (same, _) in zip(list(again), whole[5:], strict=True):
+    for (images, labels), (same, _) in zip(list(again), expected[5:], strict=True):
         assert torch.equal(images, same)
         assert len(labels) == 1
     batches, states = data.val_dataloader(), []
     for _ in batches:
         states.append(batches.state_dict()["batches"])
-    assert states == [1, 3, 4]  # what is left out was drawn all the same
+    assert states == [1, 3, 4]  # a skipped batch counts as drawn
 
 
-def test_files_that_are_no_images_at_all(folder, monkeypatch):
+def test_files_that_are_not_images(folder, monkeypatch):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
     data = ImageFolder(str(folder), img_size=16, batch_size=2, workers=0, on_error="skip")
-    with pytest.raises(ValueError, match=r"^none of 8 images in a row could be read; the last: .*png"):
+    with pytest.raises(ValueError, match=r"^none of 8 images in a row could be read; the last one: .*png"):
         next(iter(data.train_dataloader()))
-    with pytest.raises(ValueError, match=r"none of the images of 2 batches could be read; are these images at all\?"):
+    with pytest.raises(ValueError, match="none of the images of 2 batches could be read; check that they are images"):
         list(data.val_dataloader())
     monkeypatch.setattr("vit_rope.training.data.files.TRIES", 3)
     with pytest.raises(ValueError, match="none of 3 images in a row"):
         next(iter(data.train_dataloader()))
 
 
-def test_names_that_are_no_utf8(folder):
+def test_names_that_are_not_utf8(folder):
     name = b"\xff\xfe.png"
     target = os.path.join(os.fsencode(folder / "train" / "dog"), name)
     os.rename(folder / "train" / "dog" / "2.png", target)
@@ -555,10 +565,10 @@ def test_names_that_are_no_utf8(folder):
         file.write(b"broken")
     with pytest.raises(ValueError, match=r"cannot read the image .*dog/\\xff\\xfe\.png") as caught:
         next(iter(data.train_dataloader()))
-    str(caught.value).encode()  # any terminal can show it
+    str(caught.value).encode()  # any terminal can print it
 
 
-def test_closed_folders_and_files_are_named(folder, monkeypatch):
+def test_errors_name_folders_and_files_without_permission(folder, monkeypatch):
     closed = folder / "train" / "dog"
     walk, opened = os.scandir, Image.open
 
@@ -567,9 +577,11 @@ def test_closed_folders_and_files_are_named(folder, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return walk(path)
 
-    with monkeypatch.context() as patch:  # root may look everywhere, so the system's answer is given for it
+    with (
+        monkeypatch.context() as patch
+    ):  # the tests may run as root, who can read everything, so the error is simulated
         patch.setattr(os, "scandir", refuse)
-        with pytest.raises(ValueError, match=r"cannot look into the folder .*train/dog: Permission denied"):
+        with pytest.raises(ValueError, match=r"cannot open the folder .*train/dog: Permission denied"):
             ImageFolder(str(folder))
 
     def refuse_file(path, *args):
@@ -582,10 +594,10 @@ def test_closed_folders_and_files_are_named(folder, monkeypatch):
         next(iter(ImageFolder(str(folder), img_size=16, batch_size=8, workers=0).train_dataloader()))
 
 
-# What timm reads
+# Sets that timm reads
 
 
-# timm leaves the tar files open that it reads
+# timm does not close the tar files that it reads
 timms_files = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -607,7 +619,7 @@ def test_tar_files_are_a_set(tars):
     assert next(iter(data.train_dataloader()))[1].bincount().tolist() == [4, 4]
     with pytest.raises(ValueError, match=r"the label of .*\.png is 1, but num_classes is 1"):
         next(iter(TimmData(1, root=str(tars), img_size=16, batch_size=8, workers=0).train_dataloader()))
-    with pytest.raises(ValueError, match=r"no file .*nowhere/train\.tar: TimmData without a name wants ROOT/SPLIT"):
+    with pytest.raises(ValueError, match=r"no file .*nowhere/train\.tar: TimmData without a name needs ROOT/SPLIT"):
         TimmData(2, root="nowhere")
 
 
@@ -624,18 +636,18 @@ def test_broken_image_in_a_tar_is_named(tars):
 
 @timms_files
 @pytest.mark.parametrize("name", ["../../cat/evil.png", "/etc/cat/evil.png"])
-def test_names_that_lead_out_of_an_archive(tars, name):
+def test_archives_with_names_that_point_outside(tars, name):
     with tarfile.open(tars / "train.tar", "w") as tar:
         tar.add(tars / "train" / "cat" / "0.png", arcname="cat/0.png")
         member = tarfile.TarInfo(name)
         member.size = 3
         tar.addfile(member, io.BytesIO(b"abc"))
-    with pytest.raises(ValueError, match=rf"train\.tar holds the name {re.escape(name)}, which leads out of it"):
+    with pytest.raises(ValueError, match=rf"train\.tar contains the name {re.escape(name)}, which points outside it"):
         TimmData(2, root=str(tars), img_size=16, batch_size=1, workers=0).train_dataloader()
 
 
 class Reader:
-    """One of timm's readers of streams."""
+    """A stream, as one of timm's readers."""
 
     def __iter__(self):
         yield from ((Image.new("RGB", (20, 20)), label) for label in (0, 1, 0, 1, 1))
@@ -649,7 +661,7 @@ class Reader:
         self.epochs.append(epoch)
 
 
-def test_streams_and_names_go_to_timm_as_they_are(monkeypatch):
+def test_streams_and_names_are_passed_to_timm_unchanged(monkeypatch):
     calls = []
 
     def create(name, **options):
@@ -664,7 +676,7 @@ def test_streams_and_names_go_to_timm_as_they_are(monkeypatch):
     assert Reader.epochs == [0, 1]
     assert calls[0][0] == "wds/mine"
     assert calls[0][1]["split"] == "a-{0..3}.tar"
-    assert "trust_remote_code" not in calls[0][1]  # timm's default is not to
+    assert "trust_remote_code" not in calls[0][1]  # timm's default is False
     assert [len(labels) for _, labels in data.val_dataloader()] == [2, 2, 1]
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.helpers import CLASSIFIER, CONFIG, ROOT, last, run
+from tests.helpers import CLASSIFIER, CONFIG, ROOT, last_checkpoint, run
 from tests.processes import finish, start
 from vit_rope import RopeViT
 from vit_rope.training.classification import Classification
@@ -65,7 +65,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, single, tmp_path):
     out = tmp_path / "r"
     status, said = ranks("--config", config, "--out", out, "--trainer.devices", 2, "--trainer.strategy", "ddp")
     assert status == 0, said
-    close(last(single), last(out), 1e-6)
+    close(last_checkpoint(single), last_checkpoint(out), 1e-6)
     scores = [json.loads((folder / "summary.json").read_text())["last"]["val/loss"] for folder in (single, out)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
@@ -76,15 +76,15 @@ def test_shards_are_one_process_and_go_on_in_one(config, single, tmp_path):
     strategy = ("--trainer.devices", 2, f"--{SHARDED % SIZES}")
     status, said = ranks("--config", config, "--out", out, *strategy)
     assert status == 0, said
-    close(last(single), last(out), 1e-6)
+    close(last_checkpoint(single), last_checkpoint(out), 1e-6)
     # one process takes over, and two take over from one
     more = ("--trainer.max_epochs", 2, "--ckpt_path", "last")
     run("--config", config, "--out", single, "--data.batch_size", 32, *more)
     run("--config", config, "--out", tmp_path / "one", *more[:2], "--ckpt_path", out, "--data.batch_size", 32)
     status, said = ranks("--config", config, "--out", out, *strategy, *more)
     assert status == 0, said
-    close(last(single), last(tmp_path / "one"), 2e-6)
-    close(last(single), last(out), 2e-6)
+    close(last_checkpoint(single), last_checkpoint(tmp_path / "one"), 2e-6)
+    close(last_checkpoint(single), last_checkpoint(out), 2e-6)
     assert (out / "exported" / "model.safetensors").is_file()
 
 
@@ -130,11 +130,11 @@ def test_signal_to_one_process_stops_all_after_the_same_step(config, tmp_path):
     finally:
         process.kill()
     assert status == 128 + signal.SIGTERM, err
-    told = re.search(r"SIGTERM ended the run after step (\d+); go on with: python train.py fit --ckpt_path", err)
-    assert last(out)["global_step"] == int(told[1])
+    told = re.search(r"Interrupted after step (\d+)\. Resume with: vit-rope fit --ckpt_path", err)
+    assert last_checkpoint(out)["global_step"] == int(told[1])
     steps = int(told[1]) + 12
     run("--ckpt_path", out, "--trainer.devices", 1, "--trainer.strategy", "auto", "--trainer.max_steps", steps)
-    assert last(out)["global_step"] == steps
+    assert last_checkpoint(out)["global_step"] == steps
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Nobody's code is run by a file: checkpoints, weights, YAML, specs and config.json name what we know alone."""
+"""No file can run code: checkpoints, weights, YAML, specs, config.json name known classes only."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from vit_rope.positions import Layout, build
 
 @pytest.fixture
 def canary(tmp_path, monkeypatch):
-    """A module that leaves a file when it is imported, or when anything in it is called."""
+    """A module that creates a file when it is imported, or when anything in it is called."""
     mark = tmp_path / "sang"
     source = f"from pathlib import Path\nimport torch\nsing = Path({str(mark)!r}).touch\nsing()\n"
     source += "def call(*args, **kwargs): sing()\nclass Data(torch.nn.Module):\n    def __init__(self): sing()\n"
@@ -49,7 +49,7 @@ ATTACKS = {
         "data.init_args.transforms",
         [{"class_path": "torchvision.transforms.v2.RandomChoice", "init_args": {"transforms": ["canary.call"]}}],
     ),
-    "a function of the system": (
+    "a system function": (
         "data.init_args.transforms",
         [{"class_path": "torchvision.transforms.v2.RandomOrder", "init_args": {"transforms": ["os.system"]}}],
     ),
@@ -61,17 +61,19 @@ ATTACKS = {
         "trainer.callbacks",
         [{"class_path": "LambdaCallback", "init_args": {"on_fit_start": "canary.call"}}],
     ),
-    "what a module of ours imports": ("trainer.callbacks", [{"class_path": "vit_rope.cli.fit.importlib.reload"}]),
+    "a name that our module imports": ("trainer.callbacks", [{"class_path": "vit_rope.cli.fit.importlib.reload"}]),
     "a model's argument": ("model.init_args.model_args.norm_layer", "canary.Data"),
     "a class in a model's argument": ("model.init_args.model_args.norm_layer", THING),
     "an optimizer": ("model.init_args.optim.opt", "canary.Data"),
     "a position": ("model.init_args.model_args.position", "canary.call()"),
     "a position's option": ("model.init_args.model_args.position", "axial(base=__import__('canary'))"),
-    "a checkpoint of timm's": ("model.init_args.model_args.checkpoint_path", "bad.pt"),
+    "timm's checkpoint_path": ("model.init_args.model_args.checkpoint_path", "bad.pt"),
 }
 
 
 class Sing:
+    """An object whose unpickling creates a file."""
+
     def __init__(self, path: Path):
         self.path = path
 
@@ -80,7 +82,7 @@ class Sing:
 
 
 def refused(*args: object) -> str:
-    """The message with which a command is refused; its own errors are one line."""
+    """The error message of a command that must be refused."""
     with pytest.raises((ValueError, TypeError, SystemExit, pickle.UnpicklingError)) as caught:
         run(*args)
     if isinstance(caught.value, SystemExit):
@@ -88,22 +90,22 @@ def refused(*args: object) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("place", "value"), ATTACKS.values(), ids=ATTACKS)
-def test_yaml_names_only_what_we_know(canary, tmp_path, monkeypatch, place, value):
+@pytest.mark.parametrize(("key", "value"), ATTACKS.values(), ids=ATTACKS)
+def test_yaml_names_only_known_classes(canary, tmp_path, monkeypatch, key, value):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "x": Sing(canary)}, tmp_path / "bad.pt")
     config: dict = copy.deepcopy(CONFIG | {"model": CLASSIFIER})
-    *keys, name = place.split(".")
+    *parents, name = key.split(".")
     node = config
-    for key in keys:
-        node = node.setdefault(key, {})
+    for parent in parents:
+        node = node.setdefault(parent, {})
     node[name] = value
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(config))
     refused("--config", "bad.yaml", "--out", "r")
     assert not (tmp_path / "r").exists()
 
 
-def test_what_is_imported_by_the_user_may_be_named(tmp_path, monkeypatch):
+def test_modules_that_the_user_imports_may_be_named(tmp_path, monkeypatch):
     (tmp_path / "mine_of_trust.py").write_text("from vit_rope.training import Digits\nclass Mine(Digits):\n    pass\n")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(CONFIG | {"model": CLASSIFIER}))
@@ -116,7 +118,7 @@ def test_what_is_imported_by_the_user_may_be_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text", ["!!python/object/apply:canary.call []", "!!python/name:canary.call", "!!python/module:canary"]
 )
-def test_yaml_tags_make_no_objects(canary, tmp_path, text):
+def test_yaml_tags_create_no_objects(canary, tmp_path, text):
     (tmp_path / "bad.yaml").write_text(f"seed_everything: {text}\n")
     refused("--config", tmp_path / "bad.yaml", "--out", tmp_path / "r")
 
@@ -138,7 +140,7 @@ def test_weights_are_tensors(canary, tmp_path):
             torch.save({"weight": Sing(canary)}, path)
         else:
             path.write_bytes(pickle.dumps({"weight": Sing(canary)}))
-        with pytest.raises(ValueError, match=r"was not loaded: it holds more than|is no checkpoint, or damaged"):
+        with pytest.raises(ValueError, match=r"was not loaded: it holds more than|is not a checkpoint or is damaged"):
             files.read(path)
         with pytest.raises(Exception, match=r".+"):
             timm.create_model("vit_rope_tiny_patch16_224", checkpoint_path=str(path))

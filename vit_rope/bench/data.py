@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..training.data.folder import ImageFolder
 from ..training.data.in_memory import Digits, Images
-from ..training.data.loader import loader
+from ..training.data.loader import make_loader
 from .measure import Ratio, ratios
 from .model import BATCH, training
 
@@ -27,7 +27,7 @@ def bench(rounds: int = 15) -> list[Ratio]:
     """A batch of digits from memory, against one image at a time; a batch of photographs, against a step of ViT-S."""
     digits = Digits(batch_size=128)
     digits.setup()
-    singly = loader(OneByOne(Images(digits.splits["train"], batch=digits.augment)), "train", 128, 0, None)
+    singly = make_loader(OneByOne(Images(digits.splits["train"], batch=digits.augment)), "train", 128, 0, None)
     batches = {"one image at a time": _next(singly), "by indexing": _next(digits.train_dataloader())}
     found = ratios("128 digits from memory", batches, rounds, at_least=0.05)
     images, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(1000, (BATCH,))

@@ -19,7 +19,8 @@ from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
 from ..positions import Encoding, Layout, build
-from ..unet.maps import Kind, check_kind, reset_missing_parameters
+from ..unet.classes import reset_missing_parameters
+from ..unet.maps import AttentionKind, check_attention
 from .block import RopeBlock
 
 
@@ -72,7 +73,7 @@ class RopeDiT(ModelMixin, ConfigMixin):
         position: str = "axial(base=100)",
         position_unit: str = "index",
         position_origin: float | str | Sequence[float] = 0.0,
-        attention: Kind = "softmax",
+        attention: AttentionKind = "softmax",
         num_class_embeds: int | None = None,
     ) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class RopeDiT(ModelMixin, ConfigMixin):
         self.layout = Layout(embed_dim, num_heads, tuple(grid), depth, position_unit, origin)
         self.layout.coords()  # an origin that does not fit is found here
         self.position = build(position, self.layout)
-        check_kind(attention, self.position, self.layout)
+        check_attention(attention, self.position, self.layout)
         self.embed = nn.Linear(in_channels * patch_size**2, embed_dim)
         self.time = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, embed_dim)

@@ -95,8 +95,8 @@ class Encoding(NamedTuple):
     prefix: tuple[int, int] = (0, 0)
 
     def __repr__(self) -> str:
-        sides = {"q": self.q, "k": self.k, "v": self.v, "out": self.out}
-        parts = [f"{side}: {transform.summary()}" for side, transform in sides.items() if any(transform or ())]
+        sides = {"q": self.q, "k": self.k or Transform(), "v": self.v, "out": self.out}
+        parts = [f"{side}: {transform.summary()}" for side, transform in sides.items() if any(transform)]
         counts = {"bias": len(self.biases or ()), "terms": len(self.term_lists or ())}
         parts += [f"{name} of {count} layer(s)" for name, count in counts.items() if count]
         parts += [f"scale {self.scale:.4g}"] if self.scale != 1 else []

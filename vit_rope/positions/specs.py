@@ -69,22 +69,21 @@ def build(spec: str, layout: Layout) -> Position:
 
 
 def rebuild(position: Position, spec: str) -> Position:
-    """The scheme that another spec names, for the same layout, with the parameters that `position`
-    has learned.
+    """The scheme that another spec names, for the same layout, with the learned parameters of `position`.
 
-    It is on the same device and in the same mode. Raises ValueError for a spec that does not fit or
-    learns parameters of other names or shapes.
+    The parameters are the same objects, so they keep their device, and an optimizer keeps training
+    them. Raises ValueError for a spec that does not fit or learns parameters of other names or shapes.
     """
-    scheme, learned = build(spec, cast(Layout, position.made_for)), position.state_dict()
-    wanted = {name: tuple(value.shape) for name, value in scheme.state_dict().items()}
-    if wanted != {name: tuple(value.shape) for name, value in learned.items()}:
+    scheme = build(spec, cast(Layout, position.made_for))
+    learned, wanted = (dict(each.named_parameters()) for each in (position, scheme))
+    if {name: p.shape for name, p in learned.items()} != {name: p.shape for name, p in wanted.items()}:
         raise ValueError(
             f"{spec!r} learns {sorted(wanted) or 'nothing'}, but the model's positions learned "
             f"{sorted(learned) or 'nothing'}; create a model with it instead"
         )
-    for value in learned.values():
-        scheme.to(value.device)
-    scheme.load_state_dict(learned, assign=True)
+    for name, parameter in learned.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(scheme.get_submodule(owner), leaf, parameter)
     return scheme.train(position.training)
 
 

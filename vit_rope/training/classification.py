@@ -1,6 +1,7 @@
 """Train any timm model to tell classes apart."""
 
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -17,8 +18,8 @@ from torch.nn import functional as F
 from ..files import check_fit, one_line, read, replacing
 from .learner import Learner, NonFinite
 from .optim import OptimConfig, ScheduleConfig
-from .run.trust import log
 
+log = logging.getLogger(__name__)
 OPTIM, SCHEDULE = OptimConfig(), ScheduleConfig()
 
 

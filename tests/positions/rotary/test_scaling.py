@@ -1,4 +1,4 @@
-"""Modifiers of rotary schemes against transformers' formulas and plain loops, and what they promise."""
+"""Modifiers of rotary schemes against transformers' formulas, plain loops and their claims."""
 
 import math
 
@@ -47,12 +47,14 @@ def test_dynamic_is_that_of_transformers(factor, length):
     torch.testing.assert_close(got[0, 0, 0].float(), want, rtol=2e-5, atol=0)
 
 
-def test_yarn_is_that_of_transformers_but_for_the_ramp():
+def test_yarn_is_that_of_transformers_except_for_the_ramp():
     want, table_factor = theirs("yarn", factor=4.0, beta_fast=32, beta_slow=1, truncate=False)()
     spec = "yarn(axial(base=10000), factor=4, slow=1, fast=32)"
     got = freqs(spec, LINE)[0, 0, 0].float()
-    cos_sin = 2048 * 1e4 ** (-torch.arange(32) / 32) / (2 * math.pi)
-    outside = (cos_sin < 1) | (cos_sin > 32)  # theirs has a ramp in the number of the pair, the paper in that of turns
+    revolutions = 2048 * 1e4 ** (-torch.arange(32) / 32) / (2 * math.pi)
+    outside = (revolutions < 1) | (
+        revolutions > 32
+    )  # theirs has a ramp in the number of the pair, the paper in that of revolutions
     assert 10 < outside.sum() < 25
     torch.testing.assert_close(got[outside], want[outside], rtol=2e-5, atol=0)
     assert build(spec, LINE)(LINE.coords([4])).scale == pytest.approx(table_factor**2)
@@ -72,13 +74,13 @@ def test_ntk_is_a_larger_base_on_each_axis():
         assert (got[a, : 16 * a] == 0).all()
 
 
-def test_yarn_counts_turns_over_the_training_grid():
+def test_yarn_counts_revolutions_over_the_training_grid():
     plain, got = freqs("axial(base=20)")[0, 0], freqs("yarn(axial(base=20), factor=(2, 4), slow=0.3, fast=1.2)")[0, 0]
     ramped = 0
     for a, (cells, factor) in enumerate(((14, 2), (10, 4))):
         for j in range(16 * a, 16 * a + 16):
-            cos_sin = float(plain[a, j]) * cells / (2 * math.pi)
-            kept = min(max((cos_sin - 0.3) / (1.2 - 0.3), 0), 1)
+            revolutions = float(plain[a, j]) * cells / (2 * math.pi)
+            kept = min(max((revolutions - 0.3) / (1.2 - 0.3), 0), 1)
             ramped += 0 < kept < 1
             assert float(got[a, j]) == pytest.approx(float(plain[a, j]) * (kept + (1 - kept) / factor), rel=1e-6)
     assert ramped > 4
@@ -89,8 +91,8 @@ def test_yarn_counts_turns_over_the_training_grid():
 
 
 @pytest.mark.parametrize("unit", ["index", "pixel", "centered"])
-def test_turns_are_the_same_at_every_level_in_every_unit(unit):
-    # one turn over the whole map, which is 32 pixels, 8 cells or two units of its size wide
+def test_revolutions_are_the_same_at_every_level_in_every_unit(unit):
+    # one revolution over the whole map, which is 32 pixels, 8 cells or two units of its size wide
     reach = {"index": 8, "pixel": 32, "centered": 2}[unit]
     layout = map_layout(8, 1, 8, 2, (32, 32), unit, 0.0)
     spec = f"axial(base=4, fastest={2 * math.pi / reach})"
@@ -120,17 +122,17 @@ def test_interpolation_is_a_smaller_grid():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_lone_and_absent_pairs_have_a_rank():
+def test_single_and_absent_pairs_have_a_rank():
     one = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.5]])[None, None]
-    assert ranks(one)[0, 0].tolist()[0][0] == 1  # a lone frequency counts as the slowest
+    assert ranks(one)[0, 0].tolist()[0][0] == 1  # a single frequency counts as the slowest
     assert ranks(one)[0, 0].tolist()[1][1:] == [0, 1]
     two = torch.tensor([[4.0, 2.0, 0.0, 0.0], [0.0, 0.0, 8.0, 1.0]])[None, None]
-    assert ranks(two)[0, 0, 0, :2].tolist() == ranks(two)[0, 0, 1, 2:].tolist() == [0, 1]  # an axis for itself
+    assert ranks(two)[0, 0, 0, :2].tolist() == ranks(two)[0, 0, 1, 2:].tolist() == [0, 1]  # each axis separately
     got = freqs("ntk(axial(share=(32, 0)), factor=2)", Layout(width=32, heads=1, grid=(4, 4)))
     assert got.isfinite().all()
 
 
-def test_dynamic_asks_the_grid_along_each_axis():
+def test_dynamic_scales_each_axis_by_the_grid():
     plain = freqs("axial")
     for grid in (None, [14, 10], [7, 9]):
         torch.testing.assert_close(freqs("dynamic(axial)", grid=grid), plain, rtol=1e-6, atol=0)
@@ -138,7 +140,7 @@ def test_dynamic_asks_the_grid_along_each_axis():
     torch.testing.assert_close(freqs("dynamic(axial, factor=3)", grid=[28, 5]), freqs("ntk(axial, factor=(4, 1))"))
 
 
-def test_dynamic_leaves_alone_what_does_not_reach_farther():
+def test_dynamic_does_not_change_axes_that_do_not_grow():
     for unit, factor in (("centered", (1, 1)), ("centered_shorter", (1, 2)), ("centered_longer", (1, 1))):
         layout = Layout(width=64, heads=1, grid=(10, 10), unit=unit)
         wide = freqs("dynamic(axial)", layout, grid=[20, 40])
@@ -168,8 +170,10 @@ def test_sums_keep_their_other_parts():
 
 @pytest.mark.parametrize("name", ["interpolate", "ntk", "yarn"])
 @pytest.mark.parametrize("scheme", ["reference({}, grid=(7, 5))", "xy({})", "alternate({})", "normalize({}, high=9)"])
-def test_modifiers_reach_what_other_modifiers_hold(name, scheme):
-    """Outside is inside, but for the turns of yarn, which are those over what the scheme sees: here half the grid."""
+def test_modifiers_apply_inside_other_modifiers(name, scheme):
+    """The order does not matter, except that yarn counts revolutions over the extent the scheme
+    sees: here half the grid.
+    """
     inner = "axial(base=10000)"
     outside = build(f"{name}({scheme.format(inner)}, factor=3)", LAYOUT)
     inside = build(scheme.format(f"{name}({inner}, factor=3)"), LAYOUT)
@@ -184,20 +188,20 @@ def test_modifiers_reach_what_other_modifiers_hold(name, scheme):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     else:
         torch.testing.assert_close(got, want, rtol=0, atol=0)
-    turned = outside(coords, grid=[20, 12])
-    assert turned.scale == inside(coords, grid=[20, 12]).scale
+    rotated = outside(coords, grid=[20, 12])
+    assert rotated.scale == inside(coords, grid=[20, 12]).scale
 
 
 def test_ntk_over_a_reference_is_a_larger_base():
-    turn = build("ntk(reference(xy(axial(base=100)), grid=(16, 16)), factor=2)", LAYOUT)
+    table = build("ntk(reference(xy(axial(base=100)), grid=(16, 16)), factor=2)", LAYOUT)
     base = 100 * 2 ** (16 / 15)
     want = build(f"reference(xy(axial(base={base})), grid=(16, 16))", LAYOUT)
-    got, want = (scheme(LAYOUT.coords([9, 5]), grid=[9, 5]).q.rotation[0] for scheme in (turn, want))
+    got, want = (scheme(LAYOUT.coords([9, 5]), grid=[9, 5]).q.rotation[0] for scheme in (table, want))
     torch.testing.assert_close(got, want, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("scheme", ["dinov3", "axial64", "xy(dinov3)"])
-def test_exact_schemes_scale_as_the_frequencies_that_they_are(scheme):
+def test_exact_schemes_scale_like_their_frequencies(scheme):
     layout = Layout(128, 2, (14, 10), unit="centered")
     plain, scaled = build(scheme, layout), build(f"ntk({scheme}, factor=4)", layout)
     ratio = (scaled.frequencies(layout.coords()) / plain.frequencies(layout.coords()))[0, 0]
@@ -206,7 +210,7 @@ def test_exact_schemes_scale_as_the_frequencies_that_they_are(scheme):
     torch.testing.assert_close(same, plain(layout.coords()).q.rotation[0], rtol=0, atol=2e-6)
 
 
-def test_a_reference_keeps_the_names_of_its_weights():
+def test_reference_keeps_the_names_of_parameters():
     trained, scaled = build("reference(mixed)", LAYOUT), build("yarn(reference(mixed) + learned)", LAYOUT)
     assert {f"parts.0.{key}" for key in trained.state_dict()} <= set(scaled.state_dict())
 

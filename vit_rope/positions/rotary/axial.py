@@ -8,12 +8,32 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base import Layout
 from ..encoding import Encoding
 from ..specs import register
-from .base import LearnedSpeeds, Pairs, Rotary, geometric
+from .base import Pairs, Rotary, geometric
+
+
+class LearnedSpeeds(Rotary):
+    """A Rotary along fixed `directions` (A, R) at learned `speeds` (L, H, R), which start at the
+    given values.
+    """
+
+    def __init__(self, directions: Tensor, speeds: Tensor, pairs: Pairs = "interleaved") -> None:
+        super().__init__(directions * speeds[:, :, None], pairs)
+        self.directions = directions.to("cpu", torch.float32)
+        self.initial_speeds = speeds.to("cpu", torch.float32)
+        self.speeds = nn.Parameter(torch.empty(speeds.shape, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.speeds.copy_(self.initial_speeds)
+
+    def base_frequencies(self, coords: Tensor) -> Tensor:
+        return self.speeds.to(coords.dtype)[:, :, None] * self.directions.to(coords.device, coords.dtype)
 
 
 @register

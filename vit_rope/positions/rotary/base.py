@@ -19,7 +19,6 @@ Sources  RoFormer, arXiv:2104.09864 (one axis); RoPE-ViT, arXiv:2403.13298 (axia
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
@@ -29,24 +28,10 @@ from ...ops.tables import cos_sin
 from ..base import Position
 from ..encoding import Encoding
 from ..transform import DeferredRotation, Transform
+from .changes import Change
 
 Pairs = Literal["interleaved", "half", "axis"]
 TABLES = 64 * 2**20  # bytes that the tables of all layers may take together; beyond, each layer makes its own
-
-
-@dataclass(frozen=True)
-class Change:
-    """One change of a scheme's frequencies; subclasses are pure functions whose fields are their
-    options.
-    """
-
-    permutes = False  # whether it only reorders rows (axes) and columns (pairs)
-    dynamic = False  # whether it depends on the grid
-    scale = 1.0  # a factor on the logits
-
-    def __call__(self, freqs: Tensor, grid: Sequence[int] | None) -> Tensor:
-        """Frequencies (L, H, A, R) from those before the change, for coordinates on a grid."""
-        raise NotImplementedError(f"{type(self).__name__} needs __call__()")
 
 
 def geometric(count: int, base: float) -> Tensor:
@@ -154,23 +139,3 @@ class Rotary(Position):
         changes = "".join(f", {change}" for change in self.changes)
         shape = f"{pairs} {self.pairs} pairs on {axes} axes, {layers} layers x {heads} heads"
         return f"{shape}, {kind} periods {periods}{changes}"
-
-
-class LearnedSpeeds(Rotary):
-    """A Rotary along fixed `directions` (A, R) at learned `speeds` (L, H, R), which start at the
-    given values.
-    """
-
-    def __init__(self, directions: Tensor, speeds: Tensor, pairs: Pairs = "interleaved") -> None:
-        super().__init__(directions * speeds[:, :, None], pairs)
-        self.directions = directions.to("cpu", torch.float32)
-        self.initial_speeds = speeds.to("cpu", torch.float32)
-        self.speeds = nn.Parameter(torch.empty(speeds.shape, dtype=torch.float32))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.speeds.copy_(self.initial_speeds)
-
-    def base_frequencies(self, coords: Tensor) -> Tensor:
-        return self.speeds.to(coords.dtype)[:, :, None] * self.directions.to(coords.device, coords.dtype)

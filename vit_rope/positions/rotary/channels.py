@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from ..base import Layout, Position
 from ..specs import register
-from .base import Change, LearnedSpeeds, Pairs, Rotary, geometric
-from .changes import modify
+from .axial import LearnedSpeeds
+from .base import Pairs, Rotary, geometric
+from .changes import Change
 from .exact import Exact
+from .modify import modify
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..base import Layout
 from ..specs import register
-from .base import LearnedSpeeds, Rotary
+from .axial import LearnedSpeeds
+from .base import Rotary
 from .generators import blocks_of
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from ..base import Layout, Position
 from ..coords import growth
 from ..specs import register
-from .base import Change, Rotary
-from .changes import modify
+from .base import Rotary
+from .changes import Change
+from .modify import modify
 
 Factor = float | tuple[float, ...]
 Rule = Callable[[Tensor, Sequence[Any], Sequence[float]], Tensor]  # of frequencies, factors and extent in training

@@ -1,4 +1,7 @@
-"""Image files of any kind as RGB, within bounds; what cannot be read is named, or left out and counted."""
+"""Single image files of any format as RGB, with a size limit; unreadable ones are named or skipped.
+
+Shapes   C channels, H x W pixels
+"""
 
 import logging
 import multiprocessing
@@ -15,18 +18,26 @@ from torchvision.transforms import v2
 from ...files import one_line
 
 OnError = Literal["stop", "skip"]
-MAX_PIXELS = 2**26  # of 8192 x 8192; Pillow's own limit is a little above
-TRIES = 50  # so many broken files one after the other are no accident
+MAX_PIXELS = 2**26  # 8192 x 8192; Pillow's own limit is slightly higher
+TRIES = 50  # this many unreadable files in a row are not an accident
 log = logging.getLogger(__name__)
 
 
-class Files(Dataset[Any]):
-    """Image files as (transformed image, class number); a broken file is named.
+class ImageFiles(Dataset[Any]):
+    """Image files as (transformed image (C, H, W), class number); error messages name the file.
 
-    `source[index]` gives a path, or an open file, and a class number below `classes`. With `on_error` skip a broken
-    file gives the next one that can be read where `replace` is set, so that batches keep their size, or else None,
-    which `readable` leaves out of a batch; `skipped` counts them. Raises ValueError for a broken file with `on_error`
-    stop, for a label that is no class, and where `TRIES` files, or all, cannot be read one after the other.
+    Args:
+        source: a sequence of (path, class number), or one of timm's readers, whose items are (open
+            file, class number) and which names a file by `filename(index)`
+        classes: number of classes; a label must be below it
+        transform: torchvision v2 transform from a PIL image to a tensor
+        max_pixels: largest number of pixels, see `read_image`
+        on_error: "stop" raises for an unreadable file, "skip" counts it in `skipped`
+        replace: with "skip", return the next readable image in its place, so that batches keep
+            their size; otherwise return None, which `collate_readable` drops from the batch
+
+    Raises ValueError for an unreadable file with `on_error` "stop", for a label outside the
+    classes, and if `TRIES` files in a row (or all) cannot be read.
     """
 
     def __init__(
@@ -40,10 +51,11 @@ class Files(Dataset[Any]):
     ):
         self.source, self.classes, self.transform = source, classes, transform
         self.max_pixels, self.on_error, self.replace = max_pixels, on_error, replace
-        self.counter = multiprocessing.Value("q", 0)  # of all workers
+        self.counter = multiprocessing.Value("q", 0)  # shared by all workers
 
     @property
     def skipped(self) -> int:
+        """How many files were left out, in all workers."""
         return self.counter.value
 
     def __len__(self) -> int:
@@ -51,34 +63,35 @@ class Files(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         tries = min(TRIES, len(self)) if self.replace else 1
-        for near in range(index, index + tries):  # mostly one
-            file, label = self.source[near % len(self)]
-            name = file if isinstance(file, Path) else self.source.filename(near % len(self))
+        for candidate in range(index, index + tries):  # usually only the first
+            file, label = self.source[candidate % len(self)]
+            name = file if isinstance(file, Path) else self.source.filename(candidate % len(self))
             if not 0 <= int(label) < self.classes:
-                raise ValueError(f"the label of {shown(name)} is {label}, but num_classes is {self.classes}")
+                raise ValueError(f"the label of {printable(name)} is {label}, but num_classes is {self.classes}")
             try:
                 image = read_image(file, self.max_pixels, name)
             except ValueError as error:
                 if self.on_error == "stop":
                     raise
-                self._leave_out(error)
-                if self.replace and near == index + tries - 1:
-                    raise ValueError(f"none of {tries} images in a row could be read; the last: {error}") from error
+                self._skip(error)
+                if self.replace and candidate == index + tries - 1:
+                    raise ValueError(f"none of {tries} images in a row could be read; the last one: {error}") from error
             else:
                 return self.transform(image), int(label)
         return None
 
-    def _leave_out(self, error: ValueError) -> None:
+    def _skip(self, error: ValueError) -> None:
         with self.counter.get_lock():
             self.counter.value += 1
-        log.warning("left out: %s", error)
+        log.warning("skipped: %s", error)
 
 
 def read_image(source: Any, max_pixels: int, name: Any = None) -> Image.Image:
-    """An image file (a path, or an open file called `name`) as RGB; a ValueError names what cannot be read.
+    """Read an image file, a path or an open file called `name`, as RGB.
 
-    16-bit grey is brought to 8 bits, and what is transparent shows white. An image is refused by the size in its head,
-    before it is unpacked, where it has more than `max_pixels`, or would have at a shorter side of 256.
+    16-bit grey is converted to 8 bits, and transparent areas become white. An image is refused
+    by the size in its header, before it is decoded, if it has more than `max_pixels`, or would have
+    after its shorter side is resized to 256. ValueError names a file that is refused or unreadable.
     """
     try:
         with Image.open(source) as image:
@@ -86,31 +99,31 @@ def read_image(source: Any, max_pixels: int, name: Any = None) -> Image.Image:
             pixels = max(width * height, max(width, height) * 256**2 // max(1, min(width, height)))
             if pixels <= max_pixels:
                 return to_rgb(image)
-    except Exception as error:  # Pillow's decoders raise about anything on a broken file
-        raise ValueError(f"cannot read the image {shown(name or source)}: {one_line(error)}") from error
+    except Exception as error:  # Pillow's decoders raise many kinds of exceptions on a broken file
+        raise ValueError(f"cannot read the image {printable(name or source)}: {one_line(error)}") from error
     raise ValueError(
-        f"the image {shown(name or source)} is too large: {width} x {height}, more than max_pixels {max_pixels} allows"
+        f"the image {printable(name or source)} is too large: {width} x {height} exceeds max_pixels {max_pixels}"
     )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow's as RGB."""
+    """Convert an image of any of Pillow's modes to RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float32)
-        most = 255.0 if values.size and values.max() <= 255 and image.mode == "F" else 65535.0
-        image = Image.fromarray((values / most * 255).clip(0, 255).round().astype(np.uint8))
+        is_8_bit = image.mode == "F" and values.size > 0 and values.max() <= 255
+        image = Image.fromarray((values / (255.0 if is_8_bit else 65535.0) * 255).clip(0, 255).round().astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def readable(samples: list[tuple[Tensor, int] | None]) -> Any:
-    """The batch of those samples that could be read, or None where none could."""
-    found = [sample for sample in samples if sample is not None]
-    return default_collate(found) if found else None
+def collate_readable(samples: list[tuple[Tensor, int] | None]) -> Any:
+    """The batch of the samples that are not None, or None if all are."""
+    readable = [sample for sample in samples if sample is not None]
+    return default_collate(readable) if readable else None
 
 
-def shown(path: Any) -> str:
-    """A path as text that any terminal and file takes, also where its name is no UTF-8."""
+def printable(path: Any) -> str:
+    """A path as text that can be printed anywhere, even if its name is not valid UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace") if isinstance(path, (str, Path)) else str(path)

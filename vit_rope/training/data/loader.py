@@ -1,7 +1,10 @@
-"""From images to batches: order and random changes that (seed, epoch, place) decide alone, a loader that goes on.
+"""From images to batches: a resumable loader, with randomness from (seed, epoch, index) only.
 
-What is random about an image has a seed of its own, drawn with the order of the epoch. So the batches of an epoch are
-the same whatever happened before, with any number of workers, and from any batch on.
+The order of an epoch includes a seed for each image, from which its random changes are drawn. The
+batches of an epoch are therefore the same whatever was drawn before, for any number of workers, and
+from any batch on. No library at hand does this: torchdata's StatefulDataLoader stores the states of
+generators and workers, so a run could only resume with the same number of workers, and timm's
+RepeatAugSampler cannot start within an epoch.
 """
 
 import math
@@ -17,11 +20,18 @@ from ..seeds import SeededIndex, seeded
 
 
 class ResumableSampler(Sampler[int]):
-    """One process's share of an epoch's indices, shuffled by (seed, epoch) or in file order.
+    """One process's share of the indices of an epoch, shuffled by (seed, epoch) or in file order.
 
-    Shuffled shares are of equal length (a few indices come twice); others are disjoint. With `repeats`, each image
-    of an epoch comes that many times and the epoch keeps its length (arXiv:1902.05509). `start` passes over the first
-    indices of this process, for an epoch that was begun already.
+    Set `start` to skip the first indices of this process, in an epoch that is resumed. torch's
+    DistributedSampler has neither `start` nor a seed for each index (`SeededIndex`).
+
+    Args:
+        length: number of images of the set
+        shuffle: shuffled shares have equal lengths (a few indices occur twice), others are disjoint
+        rank: this process, below `world`
+        world: number of processes
+        repeats: how many times an epoch draws each of its images, at unchanged length
+            (arXiv:1902.05509)
     """
 
     def __init__(self, length: int, shuffle: bool, rank: int = 0, world: int = 1, repeats: int = 1):
@@ -29,7 +39,7 @@ class ResumableSampler(Sampler[int]):
         self.seed, self.epoch, self.start = torch.initial_seed(), 0, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
+        """Choose the epoch; Lightning calls this before each one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -39,20 +49,20 @@ class ResumableSampler(Sampler[int]):
         return iter(self.indices()[self.start :])
 
     def indices(self) -> Sequence[int]:
-        """This process's indices of the whole epoch."""
+        """This process's indices in the complete epoch."""
+        share = slice(self.rank, None, self.world)
         if not self.shuffle:
-            return list(range(self.rank, self.length, self.world))
+            return list(range(self.length)[share])
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.length, generator=generator).repeat_interleave(self.repeats)
         order = torch.cat((order, order[: self.world]))
         seeds = torch.randint(2**62, (len(order),), generator=generator)
-        mine = slice(self.rank, None, self.world)
-        picks = zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)
-        return [SeededIndex(index, seed) for index, seed in picks][: len(self)]
+        pairs = zip(order[share].tolist(), seeds[share].tolist(), strict=True)
+        return [SeededIndex(index, seed) for index, seed in pairs][: len(self)]
 
 
 class SeededDataset(Dataset[Any]):
-    """A dataset whose random changes follow from the seeds that come with the indices, in whatever process."""
+    """A dataset whose random changes follow from the seeds of the indices, in any process."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -72,58 +82,62 @@ class SeededDataset(Dataset[Any]):
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that can go on within an epoch: its state says how many batches of which epoch were drawn.
+    """A DataLoader that can resume within an epoch; its state is (epoch, batches drawn).
 
-    A batch that is None, for none of its images could be read, is drawn but left out. Raises ValueError where all are.
+    A batch that is None, because none of its images could be read, is counted but not passed on;
+    raises ValueError if all batches of an epoch are.
     """
 
     drawn: tuple[int, int] = (-1, 0)  # epoch, batches
-    resumed: tuple[int, int] = (-1, 0)
+    resumed: tuple[int, int] = (-1, 0)  # epoch, batches
 
     def __iter__(self) -> Any:
         epoch, skip = max(self.drawn[0] + 1, self.resumed[0]), 0
-        if isinstance(
-            self.sampler, ResumableSampler
-        ):  # the generator starts with the first batch, when Lightning has set this
+        if isinstance(self.sampler, ResumableSampler):
+            # this body runs at the first batch, when Lightning has called set_epoch
             epoch = self.sampler.epoch
             skip = self.resumed[1] if self.resumed[0] == epoch else 0
             self.sampler.start = skip * (self.batch_size or 1)
-        elif hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)  # a stream of timm's
-        number, given = skip, 0
+        elif hasattr(self.dataset, "set_epoch"):  # a stream of timm's
+            self.dataset.set_epoch(epoch)
+        number, passed = skip, 0
         for number, batch in enumerate(super().__iter__(), start=skip + 1):
             self.drawn = (epoch, number)
             if batch is not None:
-                given += 1
+                passed += 1
                 yield batch
-        if number > skip and not given:
+        if number > skip and not passed:
             raise ValueError(
-                f"none of the images of {number - skip} batches could be read; are these images at all? "
-                "Mend them, or take them out of the set"
+                f"none of the images of {number - skip} batches could be read; "
+                "check that they are images, repair them or remove them from the set"
             )
         self.resumed = (-1, 0)
 
     def state_dict(self) -> dict[str, int]:
-        """Lightning keeps it in a checkpoint, as it does for every loader that has one."""
+        """The epoch and its number of batches drawn; Lightning stores it in the checkpoint."""
         return {"epoch": self.drawn[0], "batches": self.drawn[1]}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Resume after the batches that `state_dict` counted."""
         self.resumed = (state["epoch"], state["batches"])
 
 
-def loader(
+def make_loader(
     images: Any, split: str, batch_size: int, workers: int, trainer: Any, repeats: int = 1, **options: Any
 ) -> Loader:
-    """A loader of this process's share: shuffled, in whole batches for `train`, else everything in order."""
+    """A loader of this process's share: shuffled full batches for "train", otherwise all in order.
+
+    Raises ValueError if a process has fewer training images than `batch_size`.
+    """
     rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
     train = split == "train"
-    order = ResumableSampler(len(images), train, rank, world, repeats)
-    if train and len(order) < batch_size:
-        raise ValueError(f"batch_size {batch_size} is more than the {len(order)} training images of each process")
+    sampler = ResumableSampler(len(images), train, rank, world, repeats)
+    if train and len(sampler) < batch_size:
+        raise ValueError(f"batch_size {batch_size} exceeds the {len(sampler)} training images of each process")
     return Loader(
         dataset=SeededDataset(images),
         batch_size=batch_size,
-        sampler=order,
+        sampler=sampler,
         drop_last=train,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -133,11 +147,12 @@ def loader(
     )
 
 
-def worker_init_fn(number: int) -> None:
-    """Draw as Lightning lets a worker draw, and leave it to the process that it works for to end it.
+def worker_init_fn(worker: int) -> None:
+    """Seed a worker as Lightning does, and let it ignore SIGINT and SIGTERM.
 
-    A terminal sends Ctrl-C, and a scheduler SIGTERM, to workers too; but to stop well takes a few batches more.
+    Terminals and schedulers send these signals to workers too. The main process needs a few more
+    batches to stop properly, and then ends its workers.
     """
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    pl_worker_init_function(number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    pl_worker_init_function(worker)

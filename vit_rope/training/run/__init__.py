@@ -1,1 +1,1 @@
-"""What keeps a run: its folder, checkpoints, locks, metrics, progress, and what a file may name."""
+"""What a run consists of: folder, checkpoints, lock, metrics, progress, and trusted classes."""

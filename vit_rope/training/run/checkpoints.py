@@ -1,4 +1,8 @@
-"""How a run ends, and where it goes on: the last checkpoint, signals, processes that die."""
+"""The two checkpoints of a run, last.ckpt and best.ckpt: when they are written, how a run resumes.
+
+Signals (Ctrl-C, a scheduler's SIGTERM) and processes that die are handled here too, because they
+decide when last.ckpt is written and what the user is told.
+"""
 
 import os
 import shlex
@@ -20,28 +24,33 @@ from .progress import print_status
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep checkpoints/last.ckpt: after each epoch, within one every so many steps, and before a signal ends the run.
+    """Keep checkpoints/last.ckpt, from which a run resumes.
 
-    It is written where a run can go on as if nothing had been: after an optimizer step, and after the validation that
-    follows it if one does. Ctrl-C and SIGTERM (a queue's warning) wait for that moment; a second Ctrl-C does not.
+    It is written after each epoch, every `every_steps` steps, and before a signal ends the run, and
+    only where a resumed run is bit-identical to an uninterrupted one: after an optimizer step, and
+    after the validation that follows it, if there is one. Lightning's ModelCheckpoint saves before
+    that validation, so its score would be lost, and its OnExceptionCheckpoint within a step. Ctrl-C
+    and SIGTERM wait for that moment; a second Ctrl-C does not.
 
     Args:
-        dirpath: from `out`
-        every_steps: optimizer steps between two savings within an epoch; 0 saves after epochs alone
+        dirpath: the folder of the file, set from `out`
+        every_steps: save every this many optimizer steps, too; 0 saves after epochs only
     """
 
-    imports: Sequence[str] = ()  # modules of the user's that the run needs
+    imports: Sequence[str] = ()  # the modules of --import, which the resumed run needs too
 
     def __init__(self, dirpath: str = "checkpoints", every_steps: int = 0):
         if every_steps < 0:
-            raise ValueError(f"last.every_steps must be at least 0 (after each epoch alone), got {every_steps}")
+            raise ValueError(f"last.every_steps must be at least 0 (after each epoch only), got {every_steps}")
         self.path, self.every_steps = Path(dirpath, "last.ckpt"), every_steps
-        self.saved, self.wanted, self.signal, self.agreed = 0, False, 0, False
+        self.saved, self.requested, self.signal, self.agreed = 0, False, 0, False
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._heed) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.handlers = {
+                number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+            }
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for number, handler in self.handlers.items():
@@ -51,50 +60,56 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
-            go_on = f"stopped at once; step {self.saved} is saved, go on with: {self._command()}"
-            print_status(go_on if self.saved else "stopped before a step was saved; the same command starts again")
-        for rank, code in ended(getattr(trainer.strategy.launcher, "procs", [])):
-            print_status(f"process {rank} ended before the others, with status {code}: what it said is above")
+            if self.saved:
+                print_status(f"Interrupted; the last saved step is {self.saved}. Resume with: {self._command()}")
+            else:
+                print_status("Interrupted before a step was saved. Run the same command again to start over")
+        for rank, code in failed_processes(getattr(trainer.strategy.launcher, "procs", [])):
+            print_status(f"process {rank} ended before the others, with status {code}; its output is above")
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, loop = trainer.global_step, trainer.fit_loop
         due = self.every_steps and step % self.every_steps == 0 and step > self.saved
-        self.wanted = bool(self.wanted or due or step == trainer.max_steps or self._signalled(trainer, batch_idx))
+        is_last = step == trainer.max_steps
+        self.requested = bool(self.requested or due or is_last or self._signalled(trainer, batch_idx))
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # Lightning asks it right after this
-        if self.wanted and stepped and not trainer.is_last_batch and not validates:
+        validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # as Lightning decides right after this
+        if self.requested and stepped and not trainer.is_last_batch and not validates:
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.wanted and trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.is_last_batch:
+        if self.requested and trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.is_last_batch:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_last_batch or trainer.global_step > self.saved:  # else the run stops within the epoch
+        if trainer.is_last_batch or trainer.global_step > self.saved:  # otherwise the run stops within the epoch
             self._save(trainer)
 
     def _save(self, trainer: Any) -> None:
+        """Write the checkpoint; end the process if a signal arrived and all processes agreed."""
         if not trainer.fast_dev_run:
             trainer.save_checkpoint(self.path, weights_only=False)
-        self.wanted, self.saved = False, trainer.global_step
-        if self.signal and (self.agreed or trainer.world_size == 1):  # nobody leaves the others alone
-            name = signal.Signals(self.signal).name
-            print_status(f"{name} ended the run after step {self.saved}; go on with: {self._command()}")
+        self.requested, self.saved = False, trainer.global_step
+        if self.signal and (self.agreed or trainer.world_size == 1):
+            print_status(f"Interrupted after step {self.saved}. Resume with: {self._command()}")
             sys.exit(128 + self.signal)
 
     def _command(self) -> str:
-        imports = [word for module in self.imports for word in ("--import", module)]
-        return shlex.join(["python", "train.py", "fit", *imports, "--ckpt_path", str(self.path.parents[1])])
+        return resume_command(self.path.parents[1], self.imports)
 
-    def _heed(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         signal.signal(number, self.handlers[number])
         self.signal = number
-        os.write(2, b"\nstopping after this step; again, and nothing is saved\n")  # print must not be interrupted
+        # print is not safe in a signal handler
+        os.write(2, b"\nstopping after this step (Ctrl-C again: quit without saving)\n")
 
     def _signalled(self, trainer: Any, batch_idx: int) -> bool:
-        """Whether a process was told to stop; several ask each other now and then, for it holds up their devices."""
+        """Whether to stop; several processes agree on it every `log_every_n_steps` batches.
+
+        Not more often, because it makes the host wait for the devices.
+        """
         if trainer.world_size > 1 and batch_idx % trainer.log_every_n_steps == 0:
             if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
                 self.signal, self.agreed = self.signal or signal.SIGTERM, True
@@ -102,29 +117,54 @@ class LastCheckpoint(Checkpoint):
         return bool(self.signal) and trainer.world_size == 1
 
 
-def ended(processes: Sequence[Any], patience: float = 1.0) -> list[tuple[int, int]]:
-    """(rank, exit status) of those of Lightning's processes that failed; negative for a signal, -9 when killed.
+def resume_command(ckpt_path: str | Path, imports: Sequence[str] = (), *options: str) -> str:
+    """The shell command that resumes a checkpoint or run folder, by the program that runs now.
 
-    Their end breaks the connection first, which is how the first process learns of it, so they get a moment.
+    That program is train.py, `python -m vit_rope` or, for any other caller, `vit-rope`. `imports`
+    are the modules of --import.
     """
-    until = time.monotonic() + patience
-    while processes and all(process.poll() is None for process in processes) and time.monotonic() < until:
+    program = Path(sys.argv[0])
+    words = ["vit-rope"]
+    if program.name == "train.py":
+        words = ["python", sys.argv[0]]
+    elif program.name == "__main__.py" and program.parent.name == "vit_rope":
+        words = ["python", "-m", "vit_rope"]
+    flags = [word for module in imports for word in ("--import", module)]
+    return shlex.join([*words, "fit", *flags, "--ckpt_path", str(ckpt_path), *options])
+
+
+def failed_processes(processes: Sequence[Any], patience: float = 1.0) -> list[tuple[int, int]]:
+    """(rank, exit status) of Lightning's processes that failed; minus the signal, -9 if killed.
+
+    The first process learns of it by a broken connection, shortly before the exit status is known;
+    `patience` is how long to wait for that, in seconds.
+    """
+    deadline = time.monotonic() + patience
+    while processes and all(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
     return [(rank, process.poll()) for rank, process in enumerate(processes, start=1) if process.poll()]
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, keeping checkpoints/best.ckpt alone, also in a folder that was moved or copied.
+    """Lightning's ModelCheckpoint, keeping checkpoints/best.ckpt only, also in a moved run folder.
 
-    Lightning forgets the best score where the folder has another name than before, and overwrites a better checkpoint.
-    Raises ValueError for another `filename` and for other numbers of checkpoints, which nothing here would find again.
+    Lightning's own forgets the best score if the folder has a different name than before, and then
+    overwrites a better checkpoint; and it finds a monitor that nobody logs only after an epoch.
+
+    Args:
+        dirpath: the folder of the file, set from `out`
+        filename: must be "best"
+        save_top_k: must be 1
+        kwargs: those of ModelCheckpoint
+
+    Raises ValueError for a different `filename` or `save_top_k`: other commands look for best.ckpt.
     """
 
     def __init__(self, dirpath: str | None = None, filename: str = "best", save_top_k: int = 1, **kwargs: Any):
         if save_top_k != 1 or filename != "best":
             raise ValueError(
-                "a run keeps its best checkpoint as best.ckpt, and last.ckpt: leave out checkpoint.save_top_k and "
-                f"checkpoint.filename, got {save_top_k} and {filename!r} for 1 and 'best'"
+                "a run keeps best.ckpt and last.ckpt only: leave out checkpoint.save_top_k and checkpoint.filename, "
+                f"which must be 1 and 'best', got {save_top_k} and {filename!r}"
             )
         super().__init__(dirpath=dirpath, filename=filename, save_top_k=save_top_k, **kwargs)
 
@@ -134,21 +174,24 @@ class BestCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the files of the run that goes on to lie where its checkpoint does now, and what is gone for gone."""
+        """Look for the best checkpoint next to the resumed one, and forget it if it is gone."""
         state = checkpoint["callbacks"].get(self.state_key)
         if not state or not state["best_model_path"]:
             return
-        here = Path(trainer.ckpt_path).resolve().parent
-        best = str(here / Path(state["best_model_path"]).name)
+        folder = Path(trainer.ckpt_path).resolve().parent
+        best = str(folder / Path(state["best_model_path"]).name)
         if Path(best).is_file():
             scores = {best: state["best_model_score"]} if state["best_k_models"] else {}
-            moved = {"dirpath": str(here), "best_k_models": scores, "kth_best_model_path": best if scores else ""}
+            moved = {"dirpath": str(folder), "best_k_models": scores, "kth_best_model_path": best if scores else ""}
             state |= moved | {"best_model_path": best}
         else:
             state |= {"dirpath": None, "best_model_path": ""}
 
     def _check_monitors(self, trainer: Any, name: str) -> None:
-        """Look, first before the first epoch, whether the scores come that this and stopping early wait for."""
+        """Raise ValueError if this or early stopping monitors a score that nobody logs.
+
+        Lightning's validation before the first epoch calls this, so the run ends before it trains.
+        """
         scores = sorted(score for score in trainer.callback_metrics if score.startswith("val/"))
         for callback in trainer.callbacks:
             monitor = getattr(callback, "monitor", None) if getattr(callback, "strict", True) else None
@@ -156,18 +199,22 @@ class BestCheckpoint(ModelCheckpoint):
                 setting = "checkpoint.monitor" if callback is self else f"the monitor of {type(callback).__name__}"
                 raise ValueError(
                     f"{setting} is {monitor}, which {name} does not log: "
-                    f"choose one of {', '.join(scores)}, and the mode for it, min or max"
+                    f"choose one of {', '.join(scores)}, and its mode, min or max"
                 )
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Checkpoints by `replacing`; Lightning's own go through another folder and may be cut short on the way back."""
+    """Checkpoints written by `files.replacing`.
+
+    Lightning's own writes to a temporary folder, possibly on another disk, and copies the file from
+    there, which can be cut short.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        if "://" in str(path):  # a bucket, whose uploads are whole or not there by themselves
+        if "://" in str(path):  # a bucket, whose uploads are atomic
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            with naming_os_errors(path):  # a run's folder that is gone is not made again: who knows on which disk
+            with naming_os_errors(path):  # not `parents`: a run folder that is gone, say unmounted, is an error
                 Path(path).parent.mkdir(exist_ok=True)
             with replacing(path) as file:
                 torch.save(checkpoint, file)

@@ -1,4 +1,4 @@
-"""The folder that keeps a run: config.yaml, metrics.jsonl, checkpoints/, and at the end exported/ and summary.json."""
+"""The folder of a run: config.yaml, metrics.jsonl, checkpoints/, exported/ and summary.json."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ... import files
 from ...files import naming_os_errors, replacing
-from .checkpoints import BestCheckpoint
+from .checkpoints import BestCheckpoint, LastCheckpoint, resume_command
 from .locks import FolderLock
 from .progress import print_status
 
@@ -23,27 +23,31 @@ RUN_FILES = ("config.yaml", "metrics.jsonl", "nonfinite.jsonl", "summary.json", 
 
 
 class RunFolder(SaveConfigCallback):
-    """Write the configuration down, also into each checkpoint; at the end export the best one and say how it went."""
+    """Save the configuration, also in each checkpoint; after training export the best one, report.
 
-    lock: FolderLock | None = None
-    wrote = False
+    Unlike Lightning's SaveConfigCallback it locks the folder, refuses one that contains another
+    run, and writes nothing before data, model and optimizer are known to work.
+    """
+
+    lock: FolderLock | None = None  # held from the start of training
+    wrote_config = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.started = time.monotonic()
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(self.config.out)  # touched no earlier, when data, model and optimizer are known to be sound
+        folder = Path(self.config.out)
         self.lock = FolderLock(folder)
         with naming_os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self.lock.take()
-        check_free(folder, self.config.ckpt_path, self.config.overwrite)  # again, for a run that has ended since
+        check_free(folder, self.config.ckpt_path, self.config.overwrite)  # again: another run may have ended since
         if self.config.overwrite:
             with naming_os_errors(folder):
                 clear(folder)
-        write(folder / "config.yaml", self._dump())
-        self.wrote = True
+        write_text(folder / "config.yaml", self._dump())
+        self.wrote_config = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.lock is not None:
@@ -51,10 +55,8 @@ class RunFolder(SaveConfigCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         folder = Path(self.config.out)
-        if self.wrote and existing_run_files(folder) == [
-            "config.yaml"
-        ]:  # no run yet: the next try finds the folder free
-            with suppress(OSError):
+        if self.wrote_config and existing_run_files(folder) == ["config.yaml"]:
+            with suppress(OSError):  # nothing to keep yet: leave the folder free for the next attempt
                 (folder / "config.yaml").unlink()
         self.teardown(trainer, pl_module, "fit")
 
@@ -71,7 +73,7 @@ class RunFolder(SaveConfigCallback):
             return
         checkpoint = files.read(path)
         pixels = {key: getattr(getattr(trainer, "datamodule", None), key, None) for key in ("mean", "std")}
-        pixels = {key: _three(value) for key, value in pixels.items() if value is not None}
+        pixels = {key: _per_channel(value) for key, value in pixels.items() if value is not None}
         exported = pl_module.export(folder / "exported", checkpoint["state_dict"], pixels)
         monitor = str(best.monitor)
         score = best.best_model_score if path == paths[0] else trainer.callback_metrics.get(monitor)
@@ -83,28 +85,33 @@ class RunFolder(SaveConfigCallback):
             "seconds": round(seconds, 1),
             "last": {key: round(float(value), 6) for key, value in trainer.callback_metrics.items()},
         }
-        write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         report(summary, monitor, folder)
 
     def _was_finished(self, trainer: Any, folder: Path) -> bool:
-        """Whether no step was left to make, nor anything else, as after a run that was killed while it exported."""
-        given = self.config.ckpt_path
-        if self.lock is not None or not given:
+        """Whether the resumed run had nothing left to train and its export is not missing."""
+        ckpt_path = self.config.ckpt_path
+        if self.lock is not None or not ckpt_path:
             return False
+        imports = [
+            name for callback in trainer.callbacks if isinstance(callback, LastCheckpoint) for name in callback.imports
+        ]
+        limit = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
         print_status(
-            f"{given} had finished at epoch {trainer.current_epoch}, step {trainer.global_step}: nothing was trained; "
-            "raise --trainer.max_epochs or --trainer.max_steps to go on"
+            f"{ckpt_path} had finished at epoch {trainer.current_epoch}, step {trainer.global_step}: nothing was "
+            f"trained. Train longer with: {resume_command(ckpt_path, imports, f'--trainer.{limit}')} N"
         )
-        return not is_resume(folder, given) or (folder / "summary.json").exists()
+        return not is_resume(folder, ckpt_path) or (folder / "summary.json").exists()
 
     def _dump(self) -> str:
-        config = self.config.clone()  # as it would start afresh
+        """The configuration as YAML, without what concerns this start of the run only."""
+        config = self.config.clone()
         config.overwrite, config.ckpt_path = False, None
         return self.parser.dump(config, skip_none=False)
 
 
 def report(summary: dict[str, Any], monitor: str, folder: Path) -> None:
-    """Print what a run reached and where everything lies; the last line is the score alone."""
+    """Print the scores of a run and the paths of its files; the last line is only the score."""
     table = Table(show_header=False, title=str(folder), title_justify="left")
     last = summary["last"].get(monitor)
     rows = {
@@ -112,47 +119,49 @@ def report(summary: dict[str, Any], monitor: str, folder: Path) -> None:
         f"last {monitor}": _score(last),
         "time": f"{summary['seconds']:.0f} s",
         "best checkpoint": summary["checkpoint"],
-        "to go on from": str(folder / "checkpoints" / "last.ckpt"),
+        "resume from": str(folder / "checkpoints" / "last.ckpt"),
         "exported weights": summary["exported"],
-        "all numbers": str(folder / "metrics.jsonl"),
+        "metrics": str(folder / "metrics.jsonl"),
     }
     for key, value in rows.items():
         table.add_row(key, value, end_section=key == "time")
-    Console(width=1000).print(table)  # as wide as its longest path, which nobody could copy from two lines
+    Console(width=1000).print(table)  # wide, so that no path is split over two lines
     print(f"{monitor} {_score(summary[monitor])}", flush=True)
 
 
 def existing_run_files(folder: Path) -> list[str]:
-    """What an earlier run left in a folder."""
+    """The names of the files and folders that an earlier run left in a folder."""
     return [name for name in RUN_FILES if (folder / name).exists()]
 
 
 def is_resume(folder: Path, ckpt_path: str | None) -> bool:
-    """Whether a checkpoint is one of the run in this folder."""
-    return bool(ckpt_path) and Path(str(ckpt_path)).resolve().is_relative_to(folder.resolve())
+    """Whether a checkpoint belongs to the run in this folder."""
+    return bool(ckpt_path) and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
 
 
 def check_free(folder: Path, ckpt_path: str | None, overwrite: bool = False) -> None:
-    """Raise a ValueError where a run would take a folder from another, or the checkpoint to go on with from itself."""
+    """Raise ValueError if a run would overwrite another, or the checkpoint that it resumes."""
     resumes = is_resume(folder, ckpt_path)
     if resumes and overwrite:
-        raise ValueError(f"--overwrite true would remove {ckpt_path}, with which --ckpt_path goes on: leave out one")
-    if not resumes and not overwrite and (found := existing_run_files(folder)):
         raise ValueError(
-            f"{folder} already holds a run ({', '.join(found)}): go on with --ckpt_path last, "
-            "replace it with --overwrite true, or choose another --out"
+            f"--overwrite true would remove {ckpt_path}, which --ckpt_path resumes: leave out one of the two"
+        )
+    if not resumes and not overwrite and (existing := existing_run_files(folder)):
+        raise ValueError(
+            f"{folder} already contains a run ({', '.join(existing)}): resume it with --ckpt_path last, "
+            "replace it with --overwrite true, or choose a different --out"
         )
 
 
 def clear(folder: Path) -> None:
-    """Remove a run from its folder, and nothing else that lies there."""
+    """Remove the files of a run from its folder, and nothing else."""
     for name in existing_run_files(folder):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
@@ -161,5 +170,5 @@ def _score(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
 
 
-def _three(value: Any) -> list[float]:
+def _per_channel(value: Any) -> list[float]:
     return list(value) if isinstance(value, (list, tuple)) else [value] * 3

@@ -1,46 +1,55 @@
-"""TODO training.run.locks from ['training.saving']."""
+"""A lock on the folder of a run, so that two processes never write to it at the same time."""
 
+import logging
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
-from ...files import log
-
 try:
     import fcntl
-except ImportError:  # on Windows a folder is not locked
+except ImportError:  # on Windows, where folders are not locked
     fcntl: Any = None
+
+log = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """The right to write into a folder, given up when the process ends, however it does."""
+    """The exclusive right to write to a folder, released when the process ends in any way.
+
+    filelock, which comes with torch, uses flock: data workers inherit such a lock and keep it when
+    the main process is killed. A POSIX record lock (lockf) belongs to the process only.
+
+    Args:
+        folder: the folder to lock; the lock is its file .lock, which names the holder
+    """
 
     def __init__(self, folder: Path):
         self.path = folder / ".lock"
         self.file: Any = None
 
     def take(self) -> None:
-        """Raise a ValueError that names the holder where another process has it."""
+        """Take the lock; raises ValueError that names the holder if another process has it."""
         if fcntl is None or self.file is not None:
             return
         self.file = self.path.open("a+")
-        try:  # a lock of the process: unlike flock's, data workers do not inherit it and outlive us with it
+        try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             self.release()
             raise ValueError(
-                f"{self.path.parent} is being written by {holder}: wait for it to end, or choose another --out"
+                f"{self.path.parent} is in use by {holder}: wait for it to end, or choose a different --out"
             ) from error
         except OSError as error:
-            log.warning("%s cannot be locked (%s): let no second run write there", self.path.parent, error.strerror)
+            log.warning("cannot lock %s (%s): do not start a second run there", self.path.parent, error.strerror)
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.file.flush()
 
     def release(self) -> None:
+        """Give up the lock, if this process has it."""
         if self.file is not None:
             self.file.close()
             self.file = None

@@ -1,4 +1,4 @@
-"""A run's numbers as one JSON object a line in `metrics.jsonl`, which only ever grows."""
+"""The metrics of a run, one JSON object per line of `metrics.jsonl`, which is append-only."""
 
 import json
 import math
@@ -15,11 +15,17 @@ from ...files import naming_os_errors
 
 
 class MetricsLogger(Logger):
-    """Append the numbers of each logged step to `out`/metrics.jsonl, marked with the command (fit, validate, test).
+    """Append the metrics of each logged step to `out`/metrics.jsonl.
 
-    A row holds `stage`, `step`, `epoch`, `time` (seconds since 1970) and the metrics; a number that is not finite is
-    written as a string, which JSON has no other way to say. A run that was killed and goes on from a checkpoint logs
-    the steps since then once more: of two rows of one step the later one counts.
+    A row holds `stage` (fit, validate or test), `step`, `epoch`, `time` (seconds since 1970) and
+    the metrics. Numbers that are not finite are strings, since JSON has no other notation for them.
+    A run that was killed and resumed logs the steps since its checkpoint again: if a step occurs
+    twice, the later row counts. Lightning's CSVLogger is not used because it deletes its file when
+    a run is resumed, and even when it is only validated.
+
+    Args:
+        out: the folder of the run
+        stage: the command: fit, validate or test
     """
 
     def __init__(self, out: str, stage: str = "fit"):
@@ -41,27 +47,28 @@ class MetricsLogger(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Path:
+        """The path of the file."""
         return Path(self.out, "metrics.jsonl")
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        values = {key: _plain(value) for key, value in metrics.items()}
+        values = {key: _to_json(value) for key, value in metrics.items()}
         row = {"stage": self.stage, "step": step, "epoch": values.pop("epoch", None), "time": round(time.time(), 2)}
         path = Path(self.out, "metrics.jsonl")
         with naming_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab+") as file:
                 if not self.rows:
-                    end_line(file)
+                    drop_partial_line(file)
                 file.write((json.dumps(row | values) + "\n").encode())
         self.rows += 1
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The settings lie in config.yaml, not here."""
+        """Do nothing: the settings are in config.yaml."""
 
 
-def end_line(file: Any) -> None:
-    """Cut off a last line that a full disk or a power cut left unfinished: half a row is none."""
+def drop_partial_line(file: Any) -> None:
+    """Cut off an unfinished last line, left by a full disk or a power cut."""
     end = file.seek(0, os.SEEK_END)
     start = max(0, end - 2**20)
     file.seek(start)
@@ -70,7 +77,8 @@ def end_line(file: Any) -> None:
         file.truncate(start + tail.rfind(b"\n") + 1)
 
 
-def _plain(value: Any) -> float | str:
+def _to_json(value: Any) -> float | str:
+    """A number with six significant digits, or a string if it is not finite."""
     number = float(value)
     if not math.isfinite(number):
         return str(number)

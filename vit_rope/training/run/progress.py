@@ -1,4 +1,4 @@
-"""How far a run is: one bar or a line an epoch, with speed, time left and memory."""
+"""The progress of a run on stderr, with speed, time left and memory."""
 
 import sys
 import time
@@ -13,23 +13,24 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-
-@rank_zero_only
-def print_status(text: str) -> None:
-    """A line for the one who watches, on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 try:
     import resource
 except ImportError:  # on Windows
     resource: Any = None
 
 
-class ProgressLine(ProgressBar):
-    """One bar for the whole run on a terminal, one line an epoch elsewhere: loss, accuracy, images/s, time left, GB.
+@rank_zero_only
+def print_status(text: str) -> None:
+    """Print a line to stderr, in the first process only."""
+    print(text, file=sys.stderr, flush=True)
 
-    Logs `train/images_per_s` of each epoch, and `train/memory_gb`, the most that was in use.
+
+class ProgressLine(ProgressBar):
+    """One bar for the entire run on a terminal, otherwise one line per epoch.
+
+    Shows loss, accuracy, images/s, time left and memory in GB. Logs `train/images_per_s` of each
+    epoch, and `train/memory_gb`, the peak memory. Lightning's RichProgressBar starts a bar for each
+    epoch, shows the time left of that epoch only, and is made for terminals.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,7 @@ class ProgressLine(ProgressBar):
         self.on = True
 
     def disable(self) -> None:
+        """Print nothing; Lightning calls this in all processes but the first."""
         self.on = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,7 +58,7 @@ class ProgressLine(ProgressBar):
         if self.on:
             name = getattr(pl_module, "name", type(pl_module).__name__)
             steps = trainer.num_training_batches
-            text = f"{name}: {parameters:.2f} M parameters on {pl_module.device}, {steps} batches an epoch"
+            text = f"{name}: {parameters:.2f} M parameters on {pl_module.device}, {steps} batches per epoch"
             self.console.print(text, highlight=False, soft_wrap=True)
         steps = trainer.estimated_stepping_batches
         if steps != float("inf"):
@@ -74,14 +76,14 @@ class ProgressLine(ProgressBar):
         self.recent.append((time.monotonic(), size))
         if self.bar is not None and self.batches % 5 == 0:
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-            if loss is not None:  # as of a batch that was left out
+            if loss is not None:  # None: the batch was skipped
                 self.shown["loss"] = float(loss)
-            (then, skipped), (now, _) = self.recent[0], self.recent[-1]
-            speed = (sum(n for _, n in self.recent) - skipped) / max(now - then, 1e-9)
+            (first_time, first_images), (last_time, _) = self.recent[0], self.recent[-1]
+            speed = (sum(n for _, n in self.recent) - first_images) / max(last_time - first_time, 1e-9)
             self.bar.update(self.task, completed=self.batches, text=self._text(trainer, speed))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # the clock still runs over validation, so that the time left is honest; the speed is the training's alone
+        # validation counts in the time left, but not in the training speed
         speed = self.images / max(self.recent[-1][0] - self.epoch_started, 1e-9) if self.recent else 0.0
         pl_module.log("train/images_per_s", speed, sync_dist=True)
         pl_module.log("train/memory_gb", memory_gb(pl_module.device), sync_dist=True, reduce_fx="max")
@@ -130,6 +132,7 @@ class ProgressLine(ProgressBar):
     on_test_end = on_validation_end
 
     def _open(self, total: int | None) -> None:
+        """Start the bar, on a terminal."""
         if self.on and self.console.is_terminal:
             text = TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}", table_column=Column(no_wrap=True))
             self.bar = Progress(text, BarColumn(None), console=self.console, expand=True, refresh_per_second=4)
@@ -142,12 +145,13 @@ class ProgressLine(ProgressBar):
             self.bar = None
 
     def _text(self, trainer: Trainer, speed: float) -> str:
+        """Epoch, scores, speed, time left and memory on one line."""
         shown = dict(self.shown)
         if self.bar is not None and "val/acc" in shown:
-            shown.pop("val/loss", None)  # a terminal is 80 characters wide
+            shown.pop("val/loss", None)  # to fit a terminal of 80 characters
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-        last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-        text = f"epoch {trainer.current_epoch + 1}{last}  {numbers}  {speed:,.0f} images/s"
+        of_epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        text = f"epoch {trainer.current_epoch + 1}{of_epochs}  {numbers}  {speed:,.0f} images/s"
         if self.total and self.batches:
             left = (time.monotonic() - self.started) / self.batches * max(0, self.total - self.batches)
             text += f"  {_clock(left)} left"
@@ -155,7 +159,7 @@ class ProgressLine(ProgressBar):
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most memory this process had in use: of the GPU that it trains on, else of its own."""
+    """The peak memory of this process in GB: of the GPU that it trains on, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if resource is None:
@@ -165,6 +169,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def _clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
