@@ -1,4 +1,4 @@
-"""The rotation itself: in place or not, whole or packed, in every layout and type, forwards, backwards and twice."""
+"""`ops.rotate` in all layouts and dtypes: in place or not, forward, backward, twice backward."""
 
 import math
 
@@ -19,16 +19,16 @@ def table(theta):
 
 
 def by_hand(x, theta, stride, prefix):
-    """x (B, H, N, D) with every pair turned by its own 2 x 2 matrix, in float64."""
+    """Rotate every pair of x (B, H, N, D) by its own 2 x 2 matrix, in float64."""
     out = x.double().clone()
     samples, tokens, heads, pairs = theta.shape
     for b, h, n in ((b, h, n) for b in range(len(x)) for h in range(x.shape[1]) for n in range(tokens)):
         for j in range(pairs):
             first = j // stride * 2 * stride + j % stride
             angle = float(theta[b % samples, n, h % heads, j])
-            two = x[b, h, prefix + n, [first, first + stride]].double()
+            pair = x[b, h, prefix + n, [first, first + stride]].double()
             matrix = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-            out[b, h, prefix + n, [first, first + stride]] = matrix.double() @ two
+            out[b, h, prefix + n, [first, first + stride]] = matrix.double() @ pair
     return out
 
 
@@ -39,24 +39,24 @@ def by_hand(x, theta, stride, prefix):
     tokens=st.integers(1, 4),
     prefix=st.integers(0, 2),
     stride=st.sampled_from([1, 2, 4]),
-    rest=st.integers(0, 3),
+    extra=st.integers(0, 3),
     shared=st.tuples(st.booleans(), st.booleans()),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     overwrite=st.booleans(),
-    packed=st.booleans(),
+    grouped=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_every_form_turns_each_pair_by_its_matrix(
-    batch, heads, tokens, prefix, stride, rest, shared, dtype, overwrite, packed, seed
+def test_every_implementation_rotates_each_pair_by_its_matrix(
+    batch, heads, tokens, prefix, stride, extra, shared, dtype, overwrite, grouped, seed
 ):
     generator = torch.Generator().manual_seed(seed)
-    pairs, width = 4, 8 + rest
+    pairs, width = 4, 8 + extra
     theta = 5 * torch.randn(1 if shared[0] else batch, tokens, 1 if shared[1] else heads, pairs, generator=generator)
-    groups = 3 if packed else 1
+    groups = 3 if grouped else 1
     x = torch.randn(batch, prefix + tokens, groups, heads, width, generator=generator).to(dtype)
     wanted = [group.transpose(1, 2).clone() for group in x.unbind(2)]
     kept = x.clone()
-    rotating = 2 if packed else 1
+    rotating = 2 if grouped else 1
     out = rotate_groups(x, table(theta), rotating, stride, prefix, overwrite)
     tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-5)
     for i, (got, want) in enumerate(zip(out, wanted, strict=True)):
@@ -78,87 +78,88 @@ def test_gradients_of_channels_and_of_angles(stride, prefix, shape, overwrite, d
     x = torch.randn(2, prefix + 3, 3, 2, 5, dtype=torch.float64, requires_grad=True)
     theta = torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
-    def turned(x, theta):
+    def rotated(x, theta):
         return rotate_groups(x * 1.0, decay * table(theta), 2, stride, prefix, overwrite)
 
-    assert torch.autograd.gradcheck(turned, (x, theta))
-    assert torch.autograd.gradgradcheck(lambda x, theta: turned(x, theta)[:2], (x, theta))
+    assert torch.autograd.gradcheck(rotated, (x, theta))
+    assert torch.autograd.gradgradcheck(lambda x, theta: rotated(x, theta)[:2], (x, theta))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 4), (1, 3, 2, 4), (5, 3, 2, 4)])
 @pytest.mark.parametrize("stride", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pieces_of_a_batch_are_the_whole(shape, stride, dtype, monkeypatch):
+def test_a_batch_in_pieces_equals_a_batch_at_once(shape, stride, dtype, monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(5, 4, 3, 2, 9).to(dtype)
     theta = 5 * torch.randn(shape)
     upstream = torch.randn(3, 5, 2, 4, 9).to(dtype)
-    found = {}
-    for room in (10**9, 900, 300):  # bytes: all samples; three and the two left, or backwards two and the one; one
-        monkeypatch.setattr(eager, "SCRATCH", room)
-        monkeypatch.setattr(gradient, "SCRATCH", room)
+    results = {}
+    # bytes that fit all 5 samples; 3 and then 2 (backward: 2, 2 and 1); one at a time
+    for limit in (10**9, 900, 300):
+        monkeypatch.setattr(eager, "SCRATCH", limit)
+        monkeypatch.setattr(gradient, "SCRATCH", limit)
         leaf, angle = x.clone().requires_grad_(), theta.clone().requires_grad_()
         out = rotate_groups(leaf * 1, table(angle), 2, stride, 1, overwrite=True)
         for got, want in zip(out[:2], x.unbind(2), strict=False):
             want = by_hand(want.transpose(1, 2), theta, stride, 1)
             torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=2**-7)
-        found[room] = [*out, *torch.autograd.grad(out, [leaf, angle], list(upstream))]
-    for whole, *others in zip(*found.values(), strict=True):
-        for pieces in others:
-            torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
+        results[limit] = [*out, *torch.autograd.grad(out, [leaf, angle], list(upstream))]
+    for at_once, *others in zip(*results.values(), strict=True):
+        for in_pieces in others:
+            torch.testing.assert_close(in_pieces, at_once, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_gradients_of_frequencies(whole):
+@pytest.mark.parametrize("full_grid", [False, True])
+def test_gradients_of_frequencies(full_grid):
     torch.manual_seed(0)
     freqs = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     coords = grid((2, 3)).double()
-    sizes = [2, 3] if whole else None
+    sizes = [2, 3] if full_grid else None
     assert torch.autograd.gradcheck(lambda freqs: cos_sin(freqs, coords, sizes), (freqs,))
     assert torch.autograd.gradgradcheck(lambda freqs: cos_sin(freqs, coords, sizes), (freqs,))
 
 
-def test_coordinates_can_learn_too():
+def test_gradients_of_coordinates():
     coords = grid((2, 3)).double().requires_grad_()
     freqs = torch.randn(1, 2, 2, 2, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda coords: cos_sin(freqs, coords, [2, 3]), (coords,))
 
 
 @pytest.mark.parametrize("shape", [(9,), (4, 5), (2, 3, 4), (2, 2, 2, 3)])
-def test_turns_of_a_whole_grid_are_products_of_its_axes(shape):
+def test_the_table_of_a_full_grid_is_a_product_over_its_axes(shape):
     torch.manual_seed(0)
     freqs = torch.randn(3, 2, len(shape), 6)
     coords = grid(shape) * 1.7 - 3.1  # shifted and stretched, as augmentation does
     theta = angles(freqs.double(), coords.double())
     for sizes in (None, list(shape)):
         torch.testing.assert_close(cos_sin(freqs, coords, sizes).double(), table(theta), rtol=0, atol=5e-6)
-    for n, place in enumerate(coords.double()):
-        matrix = oracles.rotation_matrix(place, freqs[1, 0].double())
+    for n, point in enumerate(coords.double()):
+        matrix = oracles.rotation_matrix(point, freqs[1, 0].double())
         torch.testing.assert_close(theta[1, 0, n, 0].cos(), matrix.diagonal()[::2], rtol=0, atol=1e-9)
 
 
-def test_a_reader_of_what_is_overwritten_is_told():
+def test_autograd_reports_a_needed_tensor_that_was_overwritten():
     x = torch.randn(1, 3, 3, 2, 4, requires_grad=True)
     projected = x * 1.0
-    squares = (projected * projected).sum()  # keeps `projected` for its gradient
+    squares = (projected * projected).sum()  # saves `projected` for its gradient
     q, _, _ = rotate_groups(projected, table(torch.randn(1, 3, 1, 2)), 2, overwrite=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (squares + q.sum()).backward()
 
 
-def test_rotation_keeps_nothing_but_its_table():
+def test_rotation_saves_only_its_table_for_the_backward_pass():
     kept = []
     x = torch.randn(2, 8, 3, 2, 16, requires_grad=True)
-    turn = table(torch.randn(1, 8, 1, 8))
+    cos_sin = table(torch.randn(1, 8, 1, 8))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        rotate_groups(x * 1.0, turn, 2)
+        rotate_groups(x * 1.0, cos_sin, 2)
     kept = [t for t in kept if t.ndim]
-    assert [t.data_ptr() for t in kept] == [turn.data_ptr()]
+    assert [t.data_ptr() for t in kept] == [cos_sin.data_ptr()]
 
 
-def test_in_place_a_layer_keeps_no_more_than_without_positions():
+def test_a_rotation_in_place_needs_no_more_memory_than_no_positions():
     x = torch.randn(2, 8, 3, 2, 16, requires_grad=True)
-    for overwrite, copies in ((True, 3), (False, 5)):  # in units of the queries' bytes
+    for overwrite, copies in ((True, 3), (False, 5)):  # in units of the size of the queries
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             groups = rotate_groups(x * 1.0, table(torch.randn(1, 8, 2, 8)).requires_grad_(), 2, overwrite=overwrite)
@@ -169,8 +170,8 @@ def test_in_place_a_layer_keeps_no_more_than_without_positions():
         assert sum(storages.values()) == copies * groups[0].nbytes + tables
 
 
-def test_odd_strides_are_copied_rather_than_refused():
-    x = torch.randn(2, 2, 3, 7)  # heads of 7 channels: a pair of the second head begins at an odd place
+def test_odd_strides_are_copied():
+    x = torch.randn(2, 2, 3, 7)  # heads of 7 channels: the second head starts at an odd offset
     theta = torch.randn(1, 3, 1, 3)
     for overwrite in (False, True):
         torch.testing.assert_close(
@@ -179,7 +180,7 @@ def test_odd_strides_are_copied_rather_than_refused():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own jvp calls it
-def test_function_transforms_see_the_formula():
+def test_function_transforms():
     theta = torch.randn(1, 3, 1, 2)
     x = torch.randn(5, 2, 2, 3, 4)
     each = torch.func.vmap(lambda x: rotate(x, table(theta)))(x)
@@ -188,15 +189,15 @@ def test_function_transforms_see_the_formula():
     torch.testing.assert_close(along, rotate(x[1], table(theta)))
 
 
-def test_a_single_token_at_an_odd_place_in_memory():
-    x = torch.randn(1, 2, 1, 1, 9, dtype=torch.float64)  # contiguous behind the class token, nine numbers on
+def test_a_single_token_at_an_odd_offset():
+    x = torch.randn(1, 2, 1, 1, 9, dtype=torch.float64)  # contiguous after the class token, at an offset of 9
     theta = torch.rand(1, 1, 1, 4)
     (out,) = rotate_groups(x.float(), table(theta), 1, 1, 1)
     want = by_hand(x[:, :, 0].transpose(1, 2), theta, 1, 1)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
 
 
-def test_channels_from_an_odd_place_on():
+def test_channels_from_an_odd_offset():
     x = torch.randn(2, 2, 3, 10)[..., 1:9]
     theta = torch.randn(1, 3, 1, 4)
     torch.testing.assert_close(rotate(x, table(theta)).double(), by_hand(x, theta, 1, 0), rtol=0, atol=1e-5)

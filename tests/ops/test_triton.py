@@ -1,4 +1,6 @@
-"""The Triton kernel without a GPU: its arithmetic under Triton's interpreter, its code for two architectures."""
+"""The Triton kernel without a GPU: results in Triton's interpreter, compilation for two
+architectures.
+"""
 
 import importlib.util
 import os
@@ -8,7 +10,7 @@ import sys
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton runs on Linux only")
 
 INTERPRETED = """
 import torch
@@ -18,32 +20,32 @@ from vit_rope.ops.rotate import formula
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-6), (torch.float16, 2**-9)):
     for heads, shared, pairs, stride in ((3, True, 4, 1), (2, False, 6, 1), (2, False, 6, 6), (1, True, 6, 3)):
-        packed = torch.randn(2, 19, 3, heads, 2 * pairs + 1).to(dtype)
-        x = packed[:, 1:, :2, :, : 2 * pairs]
+        qkv = torch.randn(2, 19, 3, heads, 2 * pairs + 1).to(dtype)
+        x = qkv[:, 1:, :2, :, : 2 * pairs]
         theta = 4 * torch.randn(1 if shared else 2, 18, 1 if shared else heads, pairs)
-        turn = torch.stack((theta.cos(), theta.sin()), dim=-1)
-        want = [formula(x[:, :, g], turn, stride) for g in range(2)]
-        out, kept = torch.empty_like(x), packed.clone()
-        rotate_pairs(x, turn, stride, out)
-        assert torch.equal(packed, kept)
-        rotate_pairs(x, turn, stride, x)  # where it lies
+        cos_sin = torch.stack((theta.cos(), theta.sin()), dim=-1)
+        want = [formula(x[:, :, g], cos_sin, stride) for g in range(2)]
+        out, kept = torch.empty_like(x), qkv.clone()
+        rotate_pairs(x, cos_sin, stride, out)
+        assert torch.equal(qkv, kept)
+        rotate_pairs(x, cos_sin, stride, x)  # in place
         for g in range(2):
             torch.testing.assert_close(out[:, :, g], want[g], rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(x[:, :, g], want[g], rtol=tolerance, atol=tolerance)
-        assert torch.equal(packed[:, :1], kept[:, :1])
-        assert torch.equal(packed[..., 2 * pairs:], kept[..., 2 * pairs:])
-        assert torch.equal(packed[:, :, 2], kept[:, :, 2])
-        for group in x.unbind(2):  # one by one, as the backward pass does
-            rotate_pairs(group, turn * torch.tensor([1.0, -1.0]), stride, group)
-        torch.testing.assert_close(packed, kept, rtol=2 * tolerance, atol=2 * tolerance)
-print("turned")
+        assert torch.equal(qkv[:, :1], kept[:, :1])
+        assert torch.equal(qkv[..., 2 * pairs:], kept[..., 2 * pairs:])
+        assert torch.equal(qkv[:, :, 2], kept[:, :, 2])
+        for group in x.unbind(2):  # one by one, as in the backward pass
+            rotate_pairs(group, cos_sin * torch.tensor([1.0, -1.0]), stride, group)
+        torch.testing.assert_close(qkv, kept, rtol=2 * tolerance, atol=2 * tolerance)
+print("passed")
 """
 
 
-def test_the_interpreted_kernel_is_the_formula():
+def test_the_interpreted_kernel_matches_the_formula():
     env = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, timeout=300)
-    assert run.stdout.strip().endswith("turned"), run.stderr[-3000:]
+    assert run.stdout.strip().endswith("passed"), run.stderr[-3000:]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -57,7 +59,7 @@ def test_the_kernel_compiles_ahead_of_time(capability, dtype, tmp_path, monkeypa
 
     names = rotate_kernel.arg_names
     fixed = {"pairs": 32, "lanes": 32, "stride": 1, "rows": 16}
-    kinds = {"x": f"*{dtype}", "out": f"*{dtype}", "turn": "*fp32"}
+    kinds = {"x": f"*{dtype}", "out": f"*{dtype}", "cos_sin": "*fp32"}
     signature = {name: "constexpr" if name in fixed else kinds.get(name, "i32") for name in names}
     constants = {(names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(fn=rotate_kernel, signature=signature, constexprs=constants)
@@ -69,19 +71,19 @@ def test_the_kernel_compiles_ahead_of_time(capability, dtype, tmp_path, monkeypa
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_gpu_turns_as_the_cpu_does(dtype):
+def test_a_gpu_rotates_as_the_cpu_does(dtype):
     from vit_rope.ops.rotate import rotate_groups
 
     torch.manual_seed(0)
     x = torch.randn(2, 20, 3, 4, 64).to(dtype)
     theta = 4 * torch.randn(1, 19, 4, 32)
-    turn = torch.stack((theta.cos(), theta.sin()), dim=-1)
-    found = []
+    cos_sin = torch.stack((theta.cos(), theta.sin()), dim=-1)
+    results = []
     for device in ("cpu", "cuda"):
         leaf = x.to(device, copy=True).requires_grad_()
-        learned = turn.to(device, copy=True).requires_grad_()
+        learned = cos_sin.to(device, copy=True).requires_grad_()
         out = rotate_groups(leaf * 1, learned, 2, prefix=1, overwrite=True)
         sum(part.float().square().sum() * (i + 1) for i, part in enumerate(out)).backward()
-        found.append([*out, leaf.grad, learned.grad])
-    for ours, theirs in zip(*found, strict=True):
+        results.append([*out, leaf.grad, learned.grad])
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(theirs.cpu(), ours, rtol=2e-2, atol=2e-2)

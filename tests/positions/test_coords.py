@@ -1,4 +1,4 @@
-"""Where tokens are: units, origins, and the words in which coordinates are refused."""
+"""Coordinates of tokens: units, origins, and error messages."""
 
 import re
 
@@ -7,7 +7,7 @@ import torch
 
 from tests import oracles
 from vit_rope.positions import Layout, build
-from vit_rope.positions.coords import UNITS, cell, check, grid, take
+from vit_rope.positions.coords import UNITS, cell, check_coords, grid, take_coords
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 4), (2, 1, 2, 3)])
@@ -49,11 +49,11 @@ def test_flattening_counts_cells_in_any_unit():
         torch.testing.assert_close(layout.flatten(layout.coords())[:, 0], torch.arange(24.0), rtol=0, atol=1e-4)
 
 
-def test_take_follows_the_tokens():
+def test_take_coords_follows_the_tokens():
     coords, keep = grid((2, 3)), torch.tensor([[5, 0], [2, 3]])
     want = torch.tensor([[[1.0, 2.0], [0.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]])
-    torch.testing.assert_close(take(coords, keep), want)
-    torch.testing.assert_close(take(coords.expand(2, -1, -1), keep), want)
+    torch.testing.assert_close(take_coords(coords, keep), want)
+    torch.testing.assert_close(take_coords(coords.expand(2, -1, -1), keep), want)
 
 
 @pytest.mark.parametrize(
@@ -67,25 +67,29 @@ def test_take_follows_the_tokens():
             "unknown origin 'left'; expected \"center\", a number or one",
         ),
         (lambda: grid((2, 2), origin=(1,)), ValueError, "origin (1,) gives 1 numbers for a grid (2, 2) of 2 axes"),
-        (lambda: check([1, 2]), TypeError, "coordinates must be a tensor (tokens, axes), got list"),
-        (lambda: check(torch.zeros(3)), ValueError, "coordinates must be (tokens, axes) or (batch, tokens, axes), got"),
+        (lambda: check_coords([1, 2]), TypeError, "coordinates must be a tensor (tokens, axes), got list"),
         (
-            lambda: check(torch.zeros(3, 2, dtype=torch.bool)),
+            lambda: check_coords(torch.zeros(3)),
+            ValueError,
+            "coordinates must be (tokens, axes) or (batch, tokens, axes), got",
+        ),
+        (
+            lambda: check_coords(torch.zeros(3, 2, dtype=torch.bool)),
             TypeError,
             "coordinates must be real numbers, got torch.bool",
         ),
         (
-            lambda: check(torch.zeros(3, 2).bfloat16()),
+            lambda: check_coords(torch.zeros(3, 2).bfloat16()),
             TypeError,
             "coordinates in torch.bfloat16 cannot tell neighbours apart beyond 256; make them float32",
         ),
         (
-            lambda: check(torch.zeros(3, 3), axes=2),
+            lambda: check_coords(torch.zeros(3, 3), axes=2),
             ValueError,
             "coordinates have 3 axes, but the positions were made for 2; give coordinates of shape (tokens, 2)",
         ),
         (
-            lambda: check(torch.tensor([[0.0, float("nan")], [float("inf"), 1.0], [0.0, 0.0]]), finite=True),
+            lambda: check_coords(torch.tensor([[0.0, float("nan")], [float("inf"), 1.0], [0.0, 0.0]]), finite=True),
             ValueError,
             "coordinates of 2 tokens are NaN or infinite; drop those tokens instead",
         ),
@@ -106,6 +110,6 @@ def test_refusals(make, error, message):
         make()
 
 
-def test_whole_numbers_become_float32():
-    assert check(torch.zeros(3, 2, dtype=torch.long)).dtype == torch.float32
-    assert check(torch.zeros(3, 2, dtype=torch.float64)).dtype == torch.float64
+def test_integers_become_float32():
+    assert check_coords(torch.zeros(3, 2, dtype=torch.long)).dtype == torch.float32
+    assert check_coords(torch.zeros(3, 2, dtype=torch.float64)).dtype == torch.float64

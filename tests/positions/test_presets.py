@@ -1,4 +1,6 @@
-"""Conventions against the installed code of their sources, to the last bit where the order of operations allows it."""
+"""Conventions against the installed code of their sources, bit-exact if the order of operations
+allows.
+"""
 
 import math
 import re
@@ -43,32 +45,32 @@ def position(name, head=64, shape=SHAPE, spec=None):
 
 
 def same(name, cos, sin, exact=True, head=64, shape=SHAPE, coords=None):
-    """Assert that a preset's table of the first layer and head is its source's, given with one column for each pair.
+    """Assert that the table of a preset, in the first layer and head, equals that of its source.
 
-    The angles agree to the last bit where `exact`; an eager table takes its cosines from another routine than
-    torch.cos, which may end in another bit.
+    `cos` and `sin` have one column for each pair. With `exact`, angles agree to the last bit. Eager
+    tables do not use torch.cos, so their last bit may differ.
     """
     scheme, layout = position(name, head, shape)
-    places = layout.coords(shape) if coords is None else coords
+    points = layout.coords(shape) if coords is None else coords
     grid = list(shape) if coords is None else None
-    turn = scheme(places, grid=grid).q.tables()[0][0, :, 0].detach()
-    for ours, theirs in zip(turn.unbind(-1), (cos, sin), strict=True):
+    cos_sin = scheme(points, grid=grid).q.tables()[0][0, :, 0].detach()
+    for ours, theirs in zip(cos_sin.unbind(-1), (cos, sin), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1.2e-7 if exact else 1e-6)
     if exact:
         if isinstance(scheme, Reference):
-            places, scheme = scheme.measure(places, grid), scheme.scheme
+            points, scheme = scheme.measure(points, grid), scheme.scheme
         if not isinstance(scheme, Exact):
-            theta = angles(scheme.frequencies(places), places)[0, 0, :, 0]
-            turn = torch.stack((theta.cos(), theta.sin()), dim=-1)
-        assert torch.equal(turn[..., 0], cos)
-        assert torch.equal(turn[..., 1], sin)
+            theta = angles(scheme.frequencies(points), points)[0, 0, :, 0]
+            cos_sin = torch.stack((theta.cos(), theta.sin()), dim=-1)
+        assert torch.equal(cos_sin[..., 0], cos)
+        assert torch.equal(cos_sin[..., 1], sin)
 
 
 def timm_table(rope, pairs, shape=SHAPE):
-    """One column for each pair, (sines, cosines) of timm's (N, 2 * head)."""
+    """The cosines and sines of timm's table (N, 2 * head), with one column for each pair."""
     sin, cos = rope.get_embed(shape).chunk(2, -1)
-    at = slice(0, None, 2) if pairs == "interleaved" else slice(0, sin.shape[-1] // 2)
-    return cos[..., at], sin[..., at]
+    columns = slice(0, None, 2) if pairs == "interleaved" else slice(0, sin.shape[-1] // 2)
+    return cos[..., columns], sin[..., columns]
 
 
 @pytest.mark.parametrize(
@@ -88,8 +90,8 @@ def test_timms_axial_tables(name, head, options, shape):
     x = torch.randn(1, 1, math.prod(shape), head)
     scheme, layout = position(name, head, shape)
     encoding = scheme(layout.coords(shape), grid=list(shape))
-    turned = rotate(x, encoding.q.tables()[0], encoding.stride)
-    torch.testing.assert_close(turned, apply_rot_embed_cat(x, rope.get_embed(shape), half=half), rtol=0, atol=1e-6)
+    rotated = rotate(x, encoding.q.tables()[0], encoding.stride)
+    torch.testing.assert_close(rotated, apply_rot_embed_cat(x, rope.get_embed(shape), half=half), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (16, 16), (32, 9)])
@@ -99,12 +101,12 @@ def test_dinov3(shape, unit):
     layout = Layout(128, 2, shape, unit=unit[1])
     encoding = build("dinov3", layout)(layout.coords())
     assert encoding.stride == 32
-    turn = encoding.q.tables()[0][0, :, 0]
-    for ours, theirs in zip(turn.unbind(-1), timm_table(rope, "half", shape), strict=True):
+    cos_sin = encoding.q.tables()[0][0, :, 0]
+    for ours, theirs in zip(cos_sin.unbind(-1), timm_table(rope, "half", shape), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_dinov3_with_the_periods_that_meta_publishes():
+def test_dinov3_with_the_periods_published_by_meta():
     rope = RotaryEmbeddingDinoV3(64, temperature=100.0)
     rope.periods = rope.periods.bfloat16().float()
     same("dinov3_meta", *timm_table(rope, "half"))
@@ -120,9 +122,9 @@ def test_mixed_with_timms_frequencies():
     scheme.freqs.data.copy_(rope.freqs.flip(0).permute(1, 2, 0, 3))
     encoding = scheme(layout.coords(), grid=list(SHAPE))
     sin, cos = rope.get_embed(SHAPE).chunk(2, -1)
-    for layer, turn in enumerate(encoding.q.tables()):
-        torch.testing.assert_close(turn[0, ..., 0].transpose(0, 1), cos[layer, ..., ::2], rtol=0, atol=2e-6)
-        torch.testing.assert_close(turn[0, ..., 1].transpose(0, 1), sin[layer, ..., ::2], rtol=0, atol=2e-6)
+    for layer, cos_sin in enumerate(encoding.q.tables()):
+        torch.testing.assert_close(cos_sin[0, ..., 0].transpose(0, 1), cos[layer, ..., ::2], rtol=0, atol=2e-6)
+        torch.testing.assert_close(cos_sin[0, ..., 1].transpose(0, 1), sin[layer, ..., ::2], rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("head", [48, 72, 96])
@@ -132,13 +134,13 @@ def test_genlip(head):
     same("genlip", *timm_table(rope, "half"), head=head)
 
 
-def test_gemma4_pairs_within_the_channels_of_each_axis():
+def test_gemma4_pairs_channels_within_each_axis():
     scheme, layout = position("gemma4")
-    places = layout.coords()
+    coords = layout.coords()
     rope = Gemma4RotaryEmbedding2D(64)
     x = torch.randn(1, 35, 2, 64)
-    want = apply_multidimensional_rope(x, *rope(x, places.flip(-1)[None].long()))
-    encoding = scheme(places, grid=list(SHAPE))
+    want = apply_multidimensional_rope(x, *rope(x, coords.flip(-1)[None].long()))
+    encoding = scheme(coords, grid=list(SHAPE))
     got = rotate(x.transpose(1, 2), encoding.q.tables()[0], encoding.stride).transpose(1, 2)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
@@ -176,15 +178,16 @@ def test_images_of_diffusers():
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
-def test_mochi_is_frequencies_and_coordinates():
+def test_mochi_with_its_frequencies_and_coordinates():
     rope, freqs = transformer_mochi.MochiRoPE(), torch.randn(3, 2, 32)
     coords = rope._get_positions(3, *SHAPE, dtype=torch.float32)
     scheme, _ = position("mochi", shape=(3, *SHAPE))
     scheme.freqs.data.copy_(freqs.transpose(0, 1))
     cos, sin = rope(freqs, 3, *SHAPE, dtype=torch.float32)
-    turn = scheme(coords).q.tables()[0][0].detach()
-    torch.testing.assert_close(turn[..., 0], cos, rtol=0, atol=2e-4)  # its angles, of 100 and more, are made by matmul
-    torch.testing.assert_close(turn[..., 1], sin, rtol=0, atol=2e-4)
+    cos_sin = scheme(coords).q.tables()[0][0].detach()
+    # mochi computes its angles, of 100 and more, by a matmul
+    torch.testing.assert_close(cos_sin[..., 0], cos, rtol=0, atol=2e-4)
+    torch.testing.assert_close(cos_sin[..., 1], sin, rtol=0, atol=2e-4)
 
 
 def test_transformers_dinov3_qwen_pixtral_and_llama():
@@ -207,29 +210,29 @@ def test_transformers_dinov3_qwen_pixtral_and_llama():
     cos, sin = dinov3.DINOv3ViTRopePositionEmbedding(small).eval()(torch.zeros(1, 3, 80, 112))
     same("dinov3", cos[:, :32], sin[:, :32], exact=False)
     square = config(image_size=64, patch_size=16, rope_parameters=rope)
-    turn = llama4.Llama4VisionRotaryEmbedding._compute_freqs_ci(square)[:, 0]
-    same("llama4", turn.real[:-1], turn.imag[:-1], shape=(4, 4))
-    assert (turn[-1] == 1).all()  # its class token, which comes last
+    cos_sin = llama4.Llama4VisionRotaryEmbedding._compute_freqs_ci(square)[:, 0]
+    same("llama4", cos_sin.real[:-1], cos_sin.imag[:-1], shape=(4, 4))
+    assert (cos_sin[-1] == 1).all()  # the class token comes last
 
 
-def test_vjepa2_is_no_rotation():
+def test_vjepa2_is_not_a_rotation():
     pytest.importorskip("transformers")
     from transformers.models.vjepa2.modeling_vjepa2 import rotate_queries_or_keys
 
     scheme, layout = position("vjepa2", shape=(2, 3, 4))
-    places, q = layout.coords(), torch.randn(1, 2, 24, 64)
-    parts = [rotate_queries_or_keys(part, places[:, a]) for a, part in enumerate(q.split((20, 20, 20, 4), dim=-1)[:3])]
+    coords, q = layout.coords(), torch.randn(1, 2, 24, 64)
+    parts = [rotate_queries_or_keys(part, coords[:, a]) for a, part in enumerate(q.split((20, 20, 20, 4), dim=-1)[:3])]
     want = torch.cat((*parts, q[..., 60:]), dim=-1)
-    basis = scheme(places).q.basis[0]
+    basis = scheme(coords).q.basis[0]
     torch.testing.assert_close((q[..., None, :] @ basis.transpose(1, 2)).squeeze(-2), want, rtol=0, atol=2e-6)
     k, v = torch.randn(2, 1, 2, 24, 64)
-    near, far = (attend(q, k, v, scheme(c)) for c in (places, places + 5.0))
+    near, far = (attend(q, k, v, scheme(points)) for points in (coords, coords + 5.0))
     assert not scheme.relative
     assert (near - far).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_preset_builds_and_says_where_it_comes_from(name):
+def test_every_preset_builds_and_names_its_source(name):
     preset = presets()[name]
     scheme, layout = position(name, head=128, shape=(3, 4, 5, 2)[: preset.axes])
     assert layout.axes == preset.axes
@@ -264,9 +267,9 @@ def test_refusals(spec, message):
         build(spec, Layout(128, 2, SHAPE))
 
 
-@pytest.mark.parametrize("places", [{"origin": "center"}, {"unit": "centered"}, {"unit": "centered_longer"}])
-def test_a_span_is_the_same_in_every_unit(places):
+@pytest.mark.parametrize("options", [{"origin": "center"}, {"unit": "centered"}, {"unit": "centered_longer"}])
+def test_normalize_gives_the_same_table_in_every_unit(options):
     cos_sin = []
-    for layout in (Layout(128, 2, (5, 4)), Layout(128, 2, (5, 4), **places)):
+    for layout in (Layout(128, 2, (5, 4)), Layout(128, 2, (5, 4), **options)):
         cos_sin.append(build("normalize(axial, high=3)", layout)(layout.coords(SHAPE), grid=list(SHAPE)).q.tables()[0])
     torch.testing.assert_close(*cos_sin, rtol=0, atol=2e-6)

@@ -79,7 +79,7 @@ class PatchEmbedNd(nn.Module):
 class PatchCoordinates(nn.Module):
     """Where the patches of images (B, C, *sizes) are: checks the images and makes, or checks, coordinates.
 
-    In training they are varied by `augment`, the options of `coords.augment`. A module of its own so that tracers take
+    In training `augment` varies them, the options of `augment_coords`. A module of its own so that tracers take
     it as one step and nothing in it becomes part of their graph.
     """
 
@@ -110,8 +110,8 @@ class PatchCoordinates(nn.Module):
         grid = [(n + u - 1) // p for n, p, u in zip(x.shape[2:], self.patch, up, strict=True)]
         if coords is None:
             coords = places.grid(grid, self.unit, self.origin, x.device)
-            return (places.augment(coords, *self.augment) if self.training else coords), grid
-        coords = places.check(coords, self.axes, finite=not torch.compiler.is_compiling())
+            return (places.augment_coords(coords, *self.augment) if self.training else coords), grid
+        coords = places.check_coords(coords, self.axes, finite=not torch.compiler.is_compiling())
         tokens, batch = math.prod(grid), x.shape[0]
         if coords.shape[-2] != tokens or (coords.ndim == 3 and coords.shape[0] not in (1, batch)):
             raise ValueError(

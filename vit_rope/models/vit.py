@@ -48,7 +48,7 @@ from .state_dicts import translate
 register_notrace_module(Position)
 
 
-for function in (attend, attend_linear, attend_qkv, insert_memory, places.take):
+for function in (attend, attend_linear, attend_qkv, insert_memory, places.take_coords):
     register_notrace_function(function)
 
 
@@ -60,7 +60,7 @@ class RopeViT(VisionTransformer):
 
     Takes every argument of timm's class but `attn_layer` and `block_fn`. `position_unit` and `position_origin` say how
     patches get coordinates, as in `positions.coords.grid`, and `position_shift`, `position_jitter`, `position_rescale`
-    how training varies them, as in `coords.augment`; class and register tokens have no place. `attention` is "softmax"
+    how training varies them, as in `augment_coords`; class and register tokens have no place. `attention` is "softmax"
     or "linear" (`attention.attend_linear`). `memory_tokens` are registers, the last of them, that a call may be given
     from an earlier one (`memory.Reader`). timm's own table (`pos_embed="learn"`, which also has a row for the class
     token) is off unless asked for. `img_size` and `patch_size` of one or three numbers make a model of signals or of
@@ -238,7 +238,7 @@ class RopeViT(VisionTransformer):
         if self.patch_drop is not None:
             x, keep = self.patch_drop(x)
             if keep is not None:
-                where = places.take(where, keep)
+                where = places.take_coords(where, keep)
         return self.norm_pre(x), self.position(where, self.num_prefix_tokens, None, None, grid), where, grid
 
     def _place(self, x: Tensor, where: Tensor, grid: list[int] | None, layer: int) -> Tensor:

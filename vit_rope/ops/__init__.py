@@ -1,1 +1,1 @@
-"""Rotating channel pairs near the speed of copying them. This layer knows torch and no position scheme."""
+"""Rotation of channel pairs, nearly as fast as copying. It depends on no position scheme."""

@@ -1,4 +1,13 @@
-"""TODO ops.gradient from ['positions.rotation']."""
+"""The backward pass of a rotation: the gradients of the channels and of the angles.
+
+Pairs of channels are complex numbers. The forward pass is y = t x for a table t = exp(i theta).
+Let g be the gradient of y. Then the gradient of x is conj(t) g, and that of the angle theta is
+Im(conj(y) g). So the backward pass does not need x, only the table and, for learned angles, the
+rotated y, which attention keeps anyway.
+
+Shapes   B samples, N tokens, H heads (1 if shared), D channels of a head, R pairs of channels;
+         y and g (B, N, H, D), one of each for each rotated group; tables (B or 1, N, H or 1, R, 2)
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,59 +28,75 @@ from .eager import (
 )
 
 
-# ---- the gradient of angles -----------------------------------------------------------------------------------------
 def rotate_back(
-    turned: Sequence[Tensor], grads: Sequence[Tensor], back: Tensor, stride: int, prefix: int, outs: Sequence[Tensor]
+    rotated: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    inverse_table: Tensor,
+    stride: int,
+    prefix: int,
+    outs: Sequence[Tensor],
 ) -> Tensor:
-    """Write the grads (B, N, H, D) of what was turned, turned `back`, into `outs`, and return `angle_gradient`.
+    """Write the gradients of x into `outs`, and return the result of `angle_gradient`.
 
-    Im(conj(y) g) is the sum of the two channels of y · (-i g), and where -i g is at hand, a product with i conj(t) is
-    all that it takes to turn it back. So it goes piece by piece through the caches once.
+    `rotated` holds y, `grads` holds g, and `inverse_table` is conj(t). Both results share s = -i g:
+
+        angles   Im(conj(y) g) = Re(y) Re(s) + Im(y) Im(s), summed over samples and heads
+        x        conj(t) g = (i conj(t)) s
+
+    The batch is processed in pieces, so that each piece is in the cache for both products.
     """
-    width, own = 2 * back.shape[-2], len(back) > 1
-    like = rotated_slice(grads[0], width, prefix)
-    batch, low = len(like), is_half(like)
-    samples = samples_per_piece(like, SCRATCH // 2 if low else SCRATCH)
-    quarter = back.new_tensor([0.0, -1.0]).expand(1, 1, 1, width // 2, 2)  # -i
-    rest = expand_to_heads(torch.view_as_real(torch.view_as_complex(back) * 1j), like)
-    sums = like.new_zeros(batch if own else samples, *like.shape[1:], dtype=accumulation_dtype(like))
-    room = [sums.new_empty(samples, *like.shape[1:]) for _ in range(2 if low else 1)]
-    tables = [pieces(t, samples, batch) for t in (rest, sums)]
-    for y, grad, out in zip(turned, grads, outs, strict=False):
-        grad, out = rotated_part(grad, back, prefix, out)
-        parts = [pieces(t, samples, batch) for t in (rotated_slice(y, width, prefix), grad, out)]
-        for y, g, place, angle, total in zip(*parts, *tables, strict=False):
-            scratch, *other = (t[: len(g)] for t in room)
-            if low:
-                g, y = scratch.copy_(g), other[0].copy_(y)
-            multiply_pairs(g, quarter, stride, scratch)
-            total[: len(g)].addcmul_(y, scratch)
-            multiply_pairs(scratch, angle, stride, scratch if low else place)
-            if low:
-                place.copy_(scratch)
-    a, b = (sums if own else sums.sum(dim=0, keepdim=True)).unflatten(-1, (-1, 2, stride)).unbind(-2)
-    return _shared((a + b).flatten(-2), back)
+    width, per_sample = 2 * inverse_table.shape[-2], len(inverse_table) > 1
+    example = rotated_slice(grads[0], width, prefix)
+    batch, half = len(example), is_half(example)
+    samples = samples_per_piece(example, SCRATCH // 2 if half else SCRATCH)
+    minus_i = inverse_table.new_tensor([0.0, -1.0]).expand(1, 1, 1, width // 2, 2)
+    table_times_i = expand_to_heads(torch.view_as_real(torch.view_as_complex(inverse_table) * 1j), example)
+    sums = example.new_zeros(batch if per_sample else samples, *example.shape[1:], dtype=accumulation_dtype(example))
+    buffers = [sums.new_empty(samples, *example.shape[1:]) for _ in range(2 if half else 1)]
+    tables = [pieces(t, samples, batch) for t in (table_times_i, sums)]
+    for y_group, grad, out in zip(rotated, grads, outs, strict=False):
+        grad, out = rotated_part(grad, inverse_table, prefix, out)
+        groups = [pieces(t, samples, batch) for t in (rotated_slice(y_group, width, prefix), grad, out)]
+        for y, g, out_piece, table_piece, sum_piece in zip(*groups, *tables, strict=False):
+            scratch, *y_buffer = (t[: len(g)] for t in buffers)
+            if half:
+                g, y = scratch.copy_(g), y_buffer[0].copy_(y)
+            multiply_pairs(g, minus_i, stride, scratch)
+            sum_piece[: len(g)].addcmul_(y, scratch)
+            multiply_pairs(scratch, table_piece, stride, scratch if half else out_piece)
+            if half:
+                out_piece.copy_(scratch)
+    real, imaginary = (sums if per_sample else sums.sum(dim=0, keepdim=True)).unflatten(-1, (-1, 2, stride)).unbind(-2)
+    return _sum_shared((real + imaginary).flatten(-2), inverse_table)
 
 
-def angle_gradient(turned: Sequence[Tensor], grads: Sequence[Tensor], turn: Tensor, stride: int, prefix: int) -> Tensor:
-    """The gradient (B or 1, N, H or 1, R) of the angles by which y (B, N, H, D) were turned: Im(conj(y) g), summed."""
-    angle: Any = 0
-    for pair in zip(turned, grads, strict=False):
-        parts = (rotated_slice(t, 2 * turn.shape[-2], prefix).to(accumulation_dtype(t)) for t in pair)
+def angle_gradient(
+    rotated: Sequence[Tensor], grads: Sequence[Tensor], cos_sin: Tensor, stride: int, prefix: int
+) -> Tensor:
+    """Return the gradient (B or 1, N, H or 1, R) of the angles, Im(conj(y) g) summed over groups.
+
+    It is also summed over the samples and heads that share an entry of the table `cos_sin`.
+    """
+    total: Any = 0
+    for y_and_grad in zip(rotated, grads, strict=False):
+        parts = (rotated_slice(t, 2 * cos_sin.shape[-2], prefix).to(accumulation_dtype(t)) for t in y_and_grad)
         (a, b), (c, d) = (part.unflatten(-1, (-1, 2, stride)).unbind(-2) for part in parts)
-        angle = angle + _shared((a * d - b * c).flatten(-2), turn)
-    return angle
+        total = total + _sum_shared((a * d - b * c).flatten(-2), cos_sin)
+    return total
 
 
-def _shared(angle: Tensor, turn: Tensor) -> Tensor:
-    """Summed over the samples and heads that a turn serves."""
-    if len(turn) < len(angle):
-        angle = angle.sum(dim=0, keepdim=True)
-    return angle.sum(dim=2, keepdim=True) if turn.shape[2] < angle.shape[2] else angle
+def _sum_shared(angle_grad: Tensor, cos_sin: Tensor) -> Tensor:
+    """Sum (B, N, H, R) over the samples and heads that share an entry of the table."""
+    if len(cos_sin) < len(angle_grad):
+        angle_grad = angle_grad.sum(dim=0, keepdim=True)
+    return angle_grad.sum(dim=2, keepdim=True) if cos_sin.shape[2] < angle_grad.shape[2] else angle_grad
 
 
-def table_gradient(turn: Tensor, angle: Tensor) -> Tensor:
-    """The gradient i t a / |t|^2 of turns t from that of their angles, a; |t| is 1 but for a constant decay in it."""
-    circle = torch.view_as_complex(turn)
-    angle = angle.to(turn.dtype) / (circle * circle.conj()).real
-    return torch.view_as_real(circle * torch.complex(torch.zeros_like(angle), angle))
+def table_gradient(cos_sin: Tensor, angle_grad: Tensor) -> Tensor:
+    """Return the gradient of the table t, i t a / |t|^2, from the gradient a of its angles.
+
+    |t| is 1, unless the table contains a constant decay.
+    """
+    table = torch.view_as_complex(cos_sin)
+    angle_grad = angle_grad.to(cos_sin.dtype) / (table * table.conj()).real
+    return torch.view_as_real(table * torch.complex(torch.zeros_like(angle_grad), angle_grad))

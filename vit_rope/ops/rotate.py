@@ -1,4 +1,17 @@
-"""TODO ops.rotate from ['positions.rotation']."""
+"""Rotate channel pairs by a table of cosines and sines: the functions that other modules call.
+
+`rotate` and `rotate_groups` choose between two implementations of one formula. Eager tensors on a
+CPU or a CUDA device take the fast path of `eager`, in an autograd function with a gradient of its
+own. Compilers, exporters, function transforms and other devices get `formula`, in real numbers.
+The backward pass needs the table only. If the table itself needs a gradient, it also needs the
+rotated channels, which attention keeps anyway.
+
+Shapes   B samples, N tokens, H heads (1 if shared), D channels of a head, R pairs of channels,
+         G groups (queries, keys, values);
+         x (B, N, G, H, D); cos_sin (B or 1, N, H, R, 2) in float32
+Stride   distance between the two channels of a pair: 1 interleaved, R half, R / A half within the
+         block of each of A axes
+"""
 
 from typing import Any
 
@@ -10,84 +23,92 @@ from .eager import accumulation_dtype, is_eager, needs_grad, rotate_into
 from .gradient import angle_gradient, rotate_back, table_gradient
 
 
-def rotate(x: Tensor, turn: Tensor, stride: int = 1, prefix: int = 0, overwrite: bool = False) -> Tensor:
-    """Turn the first 2R channels of x (B, H, N, D), after its first `prefix` tokens, by turn (B, N - prefix, H, R, 2).
+def rotate(x: Tensor, cos_sin: Tensor, stride: int = 1, prefix: int = 0, overwrite: bool = False) -> Tensor:
+    """Rotate the first 2R channels of x (B, H, N, D) by a table `cos_sin` (B, N - prefix, H, R, 2).
 
-    Computes in float32, or float64 where x is that, and returns x's dtype. With `overwrite` the result may lie where x
-    did. Raises ValueError where x is too narrow.
+    The first `prefix` tokens stay as they are. Computes in float32, or in float64 if x is float64,
+    and returns the dtype of x. With `overwrite` the result may use the memory of x. Raises
+    ValueError if x has fewer than 2R channels.
     """
-    return rotate_groups(x.transpose(1, 2)[:, :, None], turn, 1, stride, prefix, overwrite)[0]
+    return rotate_groups(x.transpose(1, 2)[:, :, None], cos_sin, 1, stride, prefix, overwrite)[0]
 
 
 def rotate_groups(
-    x: Tensor, turn: Tensor, turning: int, stride: int = 1, prefix: int = 0, overwrite: bool = False
+    x: Tensor, cos_sin: Tensor, count: int, stride: int = 1, prefix: int = 0, overwrite: bool = False
 ) -> tuple[Tensor, ...]:
-    """The G groups (B, H, N, D) of x (B, N, G, H, D), the first `turning` of them rotated as `rotate` does."""
-    if 2 * turn.shape[-2] > x.shape[-1]:
-        pairs = turn.shape[-2]
+    """Split x (B, N, G, H, D) into groups (B, H, N, D) and rotate the first `count` by `rotate`."""
+    if 2 * cos_sin.shape[-2] > x.shape[-1]:
+        pairs = cos_sin.shape[-2]
         raise ValueError(f"a rotation of {pairs} pairs needs heads of {2 * pairs} channels or more, got {x.shape[-1]}")
-    if is_eager(x, turn):
-        rotation = _Rotation.apply if needs_grad(x, turn) else _rotated
-        return rotation(x, turn, turning, stride, prefix, overwrite)
+    if is_eager(x, cos_sin):
+        rotation = _Rotation.apply if needs_grad(x, cos_sin) else _rotate_eagerly
+        return rotation(x, cos_sin, count, stride, prefix, overwrite)
     groups = x.unbind(2)
-    turned = [formula(group, turn, stride, prefix) for group in groups[:turning]]
-    return tuple(group.transpose(1, 2) for group in (*turned, *groups[turning:]))
+    rotated = [formula(group, cos_sin, stride, prefix) for group in groups[:count]]
+    return tuple(group.transpose(1, 2) for group in (*rotated, *groups[count:]))
 
 
-def formula(x: Tensor, turn: Tensor, stride: int = 1, prefix: int = 0) -> Tensor:
-    """x (B, N, H, D) turned, in real numbers; tokens without a place are turned by nothing, which keeps one kernel."""
+def formula(x: Tensor, cos_sin: Tensor, stride: int = 1, prefix: int = 0) -> Tensor:
+    """Rotate x (B, N, H, D) in real numbers, out of place.
+
+    Prefix tokens are rotated by an angle of 0, so that compilers make one kernel for all tokens.
+    """
     precise = accumulation_dtype(x)
-    cos, sin = turn.to(precise).unbind(-1)
+    cos, sin = cos_sin.to(precise).unbind(-1)
     if prefix:
-        cos, sin = (F.pad(t, (0, 0, 0, 0, prefix, 0), value=rest) for t, rest in ((cos, 1.0), (sin, 0.0)))
-    width = 2 * turn.shape[-2]
+        cos, sin = (F.pad(t, (0, 0, 0, 0, prefix, 0), value=value) for t, value in ((cos, 1.0), (sin, 0.0)))
+    width = 2 * cos_sin.shape[-2]
     cos, sin = (t.unflatten(-1, (-1, stride)) for t in (cos, sin))
     a, b = x[..., :width].to(precise).unflatten(-1, (-1, 2, stride)).unbind(-2)
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-2).flatten(-3).to(x.dtype)
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+    rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-2).flatten(-3).to(x.dtype)
+    return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)
 
 
 class _Rotation(torch.autograd.Function):
-    """The groups of x, the first `turning` of them rotated; the backward pass turns their gradients back."""
+    """`rotate_groups` for eager tensors; backward rotates the gradients by the inverse table."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, turn: Tensor, turning: int, stride: int, prefix: int, overwrite: bool
+        ctx: Any, x: Tensor, cos_sin: Tensor, count: int, stride: int, prefix: int, overwrite: bool
     ) -> tuple[Tensor, ...]:
-        groups = _rotated(x, turn, turning, stride, prefix, overwrite)
-        ctx.options = turning, stride, prefix
-        ctx.save_for_backward(turn, *(groups[:turning] if ctx.needs_input_grad[1] else ()))
+        groups = _rotate_eagerly(x, cos_sin, count, stride, prefix, overwrite)
+        ctx.options = count, stride, prefix
+        ctx.save_for_backward(cos_sin, *(groups[:count] if ctx.needs_input_grad[1] else ()))
         return groups
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        turn, *turned = ctx.saved_tensors
-        turning, stride, prefix = ctx.options
-        there, turned = ([t.transpose(1, 2) for t in tensors] for tensors in (grads, turned))
-        back, angle = torch.view_as_real(torch.view_as_complex(turn).conj_physical()), None
-        if torch.is_grad_enabled():  # somebody will differentiate again
-            found = torch.stack([*(formula(g, back, stride, prefix) for g in there[:turning]), *there[turning:]], dim=2)
+        cos_sin, *rotated = ctx.saved_tensors
+        count, stride, prefix = ctx.options
+        upstream, rotated = ([t.transpose(1, 2) for t in tensors] for tensors in (grads, rotated))
+        inverse_table, angle_grad = torch.view_as_real(torch.view_as_complex(cos_sin).conj_physical()), None
+        if torch.is_grad_enabled():  # create_graph=True: the gradient must be differentiable
+            rotated_back = [formula(grad, inverse_table, stride, prefix) for grad in upstream[:count]]
+            x_grad = torch.stack([*rotated_back, *upstream[count:]], dim=2)
         else:
-            batch, tokens, heads, width = there[0].shape
-            found = there[0].new_empty(batch, tokens, len(there), heads, width)
-            outs = found.unbind(2)
-            if turned and not turn.is_cuda:
-                angle = rotate_back(turned, there, back, stride, prefix, outs)
+            batch, tokens, heads, width = upstream[0].shape
+            x_grad = upstream[0].new_empty(batch, tokens, len(upstream), heads, width)
+            outs = x_grad.unbind(2)
+            if rotated and not cos_sin.is_cuda:
+                angle_grad = rotate_back(rotated, upstream, inverse_table, stride, prefix, outs)
             else:
-                for grad, out in zip(there[:turning], outs, strict=False):
-                    rotate_into(grad, back, stride, prefix, out)
-            for grad, out in zip(there[turning:], outs[turning:], strict=True):
+                for grad, out in zip(upstream[:count], outs, strict=False):
+                    rotate_into(grad, inverse_table, stride, prefix, out)
+            for grad, out in zip(upstream[count:], outs[count:], strict=True):
                 out.copy_(grad)
-        if turned and angle is None:
-            angle = angle_gradient(turned, there, turn, stride, prefix)
-        return found, None if angle is None else table_gradient(turn, angle), None, None, None, None
+        if rotated and angle_grad is None:
+            angle_grad = angle_gradient(rotated, upstream, cos_sin, stride, prefix)
+        return x_grad, None if angle_grad is None else table_gradient(cos_sin, angle_grad), None, None, None, None
 
 
-def _rotated(x: Tensor, turn: Tensor, turning: int, stride: int, prefix: int, overwrite: bool) -> tuple[Tensor, ...]:
-    part = x[:, :, :turning] if turning < x.shape[2] else x
+def _rotate_eagerly(
+    x: Tensor, cos_sin: Tensor, count: int, stride: int, prefix: int, overwrite: bool
+) -> tuple[Tensor, ...]:
+    """`rotate_groups` without a gradient."""
+    part = x[:, :, :count] if count < x.shape[2] else x
     if overwrite:
-        rotate_into(part, turn, stride, prefix, part)
+        rotate_into(part, cos_sin, stride, prefix, part)
         return x.transpose(1, 3).unbind(2)
     out = torch.empty_like(part, memory_format=torch.contiguous_format)
-    rotate_into(part, turn, stride, prefix, out)
-    return (*out.transpose(1, 3).unbind(2), *x[:, :, turning:].transpose(1, 3).unbind(2))
+    rotate_into(part, cos_sin, stride, prefix, out)
+    return (*out.transpose(1, 3).unbind(2), *x[:, :, count:].transpose(1, 3).unbind(2))

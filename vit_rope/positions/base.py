@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .coords import cell as cell_index
-from .coords import check as check_coords
-from .coords import check_shape, check_unit
+from .coords import check_coords, check_shape, check_unit
 from .coords import grid as make_grid
 from .encoding import Encoding
 

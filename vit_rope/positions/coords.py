@@ -1,8 +1,11 @@
-"""Where tokens are.
+"""Coordinates of tokens: grids, units, checks and augmentation.
 
-Coordinates are the only thing a position scheme sees of an image, a video or a signal: (N, A) for all samples alike or
-(B, N, A) for each its own, N tokens on A axes, rows before columns, time before both. They travel beside the tokens:
-whoever drops, crops, packs or reorders tokens does the same to their coordinates, and no scheme needs to know.
+Coordinates are everything that a position scheme sees of an image, a video or a signal. They are
+passed alongside the tokens. Code that drops, crops, packs or reorders tokens does the same to their
+coordinates, and schemes need no change.
+
+Shapes   B samples, N tokens, A axes (time before rows before columns);
+         coordinates (N, A) if all samples share them, else (B, N, A)
 """
 
 import math
@@ -23,14 +26,22 @@ def grid(
     origin: float | str | Sequence[float] = 0.0,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Coordinates (N, A) in float32 of a grid of N = prod(shape) cells on A axes, in row-major order.
+    """Return coordinates (N, A) of a grid of N = prod(shape) cells, in float32, row-major.
 
-    Units: "index" counts cells from 0. "centered" places cell centres in [-1, 1] along every axis; "centered_shorter"
-    and "centered_longer" measure all axes by the shorter or the longer one, so that cells stay square (the
-    normalisations of DINOv3, arXiv:2508.10104: the first cell's outer border is at -1). `origin` is the place, in that
-    unit, which becomes 0: a number, one for each axis, or "center". Tokens without a place sit at 0.
+    `unit` is one of:
 
-    Raises ValueError for an unknown unit, an empty shape, a size below 1 or an origin of another number of axes.
+    - "index": cells are counted from 0.
+    - "centered": cell centers, with the outer borders of the grid at -1 and 1 along every axis.
+    - "centered_shorter", "centered_longer": cell centers, with the first border at -1 and the last
+      at 1 along the shorter or the longer axis. The other axes use the same scale, so that cells
+      stay square.
+
+    The centered units are the normalizations of DINOv3 (arXiv:2508.10104). `origin` is the point,
+    in this unit, that becomes 0: a number, one number for each axis, or "center". Tokens without a
+    position are treated as if they were at 0.
+
+    Raises ValueError for an unknown unit, an empty shape, a size below 1, or an origin with a
+    different number of axes.
     """
     check_shape(shape)
     check_unit(unit)
@@ -44,7 +55,10 @@ def grid(
 def cell(
     coords: Tensor, shape: Sequence[int], unit: str = "index", origin: float | str | Sequence[float] = 0.0
 ) -> Tensor:
-    """Cell indices (…, A), fractional between cells, of coordinates (…, A) on a grid: the inverse of `grid`."""
+    """Return the cell indices (…, A) of coordinates (…, A), fractional between cells.
+
+    The inverse of `grid`.
+    """
     shift = torch.tensor(_origin(origin, shape, unit), dtype=coords.dtype, device=coords.device)
     coords = coords + shift
     if unit == "index":
@@ -54,17 +68,23 @@ def cell(
 
 
 def growth(shape: Sequence[int], larger: Sequence[int], unit: str = "index") -> list[float]:
-    """How many times farther coordinates reach on a larger grid, along each axis; once where the unit goes with it."""
+    """Return the ratio of the extents of two grids along each axis, in units of `unit`.
+
+    It is 1 for units that scale with the grid.
+    """
     sizes = zip(shape, larger, strict=True)
     return [m / n if unit == "index" else m / _span(m, unit, larger) * _span(n, unit, shape) / n for n, m in sizes]
 
 
-def check(coords: Tensor, axes: int | None = None, finite: bool | None = None) -> Tensor:
-    """The coordinates (N, A) or (B, N, A) themselves, as float32 or float64.
+def check_coords(coords: Tensor, axes: int | None = None, finite: bool | None = None) -> Tensor:
+    """Return the coordinates (N, A) or (B, N, A), as float32 or float64, if they are valid.
 
-    Raises TypeError where they are no tensor or in half precision, which cannot tell 257 from 256, and ValueError where
-    the shape is another, the number of axes is not `axes`, or a value is NaN or infinite. Looking at values waits for
-    the device, so it happens on the CPU alone unless `finite` says otherwise.
+    Values are checked for NaN and infinity if `finite` is True. By default they are checked on the
+    CPU only, because a check on another device would have to wait for it.
+
+    Raises TypeError for an argument that is not a tensor, or for half precision, in which 257
+    equals 256. Raises ValueError for a wrong shape, a number of axes other than `axes`, or a value
+    that is NaN or infinite.
     """
     if not isinstance(coords, Tensor):
         raise TypeError(f"coordinates must be a tensor (tokens, axes), got {type(coords).__name__}")
@@ -89,11 +109,14 @@ def check(coords: Tensor, axes: int | None = None, finite: bool | None = None) -
     return coords if coords.is_floating_point() else coords.float()
 
 
-def augment(coords: Tensor, shift: float = 0.0, jitter: float = 1.0, rescale: float = 1.0) -> Tensor:
-    """Coordinates (…, A) shifted, then stretched, by numbers drawn once for all of them (DINOv3, arXiv:2508.10104).
+def augment_coords(coords: Tensor, shift: float = 0.0, jitter: float = 1.0, rescale: float = 1.0) -> Tensor:
+    """Shift and stretch coordinates by random numbers, drawn once per call (arXiv:2508.10104).
 
-    `shift`: up to so much along each axis, in the coordinates' unit. `jitter` and `rescale`: by factors between
-    1 / factor and factor, log-uniform, one for each axis and one for all.
+    Args:
+        coords: coordinates (…, A).
+        shift: the largest shift along each axis, in the unit of the coordinates; uniform.
+        jitter: the largest factor along each axis, log-uniform between 1 / jitter and jitter.
+        rescale: the largest factor of all axes, log-uniform between 1 / rescale and rescale.
     """
 
     def draw(count: int) -> Tensor:
@@ -110,41 +133,43 @@ def augment(coords: Tensor, shift: float = 0.0, jitter: float = 1.0, rescale: fl
 
 
 @torch.fx.wrap
-def take(coords: Tensor, keep: Tensor) -> Tensor:
-    """Coordinates (B, K, A) of the tokens that `keep` (B, K) lists, from coordinates (N, A) or (B, N, A)."""
+def take_coords(coords: Tensor, keep: Tensor) -> Tensor:
+    """Select coordinates (B, K, A) of the tokens `keep` (B, K), from (N, A) or (B, N, A)."""
     if coords.ndim == 2:
         return coords[keep]
     return coords.gather(1, keep[..., None].expand(-1, -1, coords.shape[-1]))
 
 
 def check_shape(shape: Sequence[int]) -> None:
-    """Raise ValueError unless `shape` gives at least one cell along at least one axis."""
+    """Raise ValueError unless `shape` has an axis, and at least one cell along each axis."""
     if len(shape) == 0 or any(n < 1 for n in shape):
         raise ValueError(f"a grid needs at least one cell along each of its axes, got shape {tuple(shape)}")
 
 
 def check_unit(unit: str) -> None:
-    """Raise ValueError for a unit that does not exist."""
+    """Raise ValueError for an unknown unit."""
     if unit not in UNITS:
         raise ValueError(f"unknown unit {unit!r}; expected one of {', '.join(UNITS)}")
 
 
 def _span(n: int, unit: str, shape: Sequence[int]) -> Any:
-    """The number of cells that reach from -1 to 1 along an axis of n cells."""
+    """Return the number of cells between -1 and 1 along an axis of n cells."""
     if unit == "centered":
         return n
     span = shape[0]
-    for other in shape[1:]:  # sym_min and sym_max keep sizes symbolic in a compiled graph
-        span = torch.sym_min(span, other) if unit == "centered_shorter" else torch.sym_max(span, other)
+    for size in shape[1:]:  # sym_min and sym_max keep sizes symbolic in a compiled graph
+        span = torch.sym_min(span, size) if unit == "centered_shorter" else torch.sym_max(span, size)
     return span
 
 
 def _axis(n: int, unit: str, shape: Sequence[int], device: torch.device | None) -> Tensor:
+    """Return the coordinates (n,) along an axis of n cells, before the origin is subtracted."""
     index = torch.arange(n, dtype=torch.float32, device=device)
     return index if unit == "index" else 2 * ((index + 0.5) / _span(n, unit, shape)) - 1
 
 
 def _origin(origin: float | str | Sequence[float], shape: Sequence[int], unit: str) -> list[float]:
+    """Return the origin as one number for each axis."""
     if isinstance(origin, str):
         if origin != "center":
             raise ValueError(f'unknown origin {origin!r}; expected "center", a number or one number for each axis')

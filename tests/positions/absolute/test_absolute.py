@@ -1,111 +1,85 @@
-"""Learned tables and sinusoids against timm's, and between their cells."""
+"""All absolute schemes: full grids, distinct vectors, tracing, precision, error messages."""
 
-import math
+import re
 
 import pytest
 import torch
-from timm.layers import resample_abs_pos_embed
-from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.models._features_fx import create_feature_extractor
 
-from vit_rope.positions import Layout, build
+from tests.positions.absolute.helpers import made
+from vit_rope.models.vit import RopeViT
 from vit_rope.positions.coords import grid
 
-
-def vectors(position, coords, shape=None, width=24):
-    """What a scheme adds to tokens at these coordinates (N, C)."""
-    return position.embed(torch.zeros(1, len(coords), width), coords, shape)[0].detach()
-
-
-@pytest.mark.parametrize("shape", [(14, 14), (20, 9), (7, 30), (3, 4)])
-def test_learned_tables_are_resampled_as_timm_does(shape):
-    position = build("learned", Layout(width=24, heads=2, grid=(14, 14)))
-    table = position.table.detach().view(1, 196, 24)
-    want = resample_abs_pos_embed(table, list(shape), (14, 14), num_prefix_tokens=0)[0]
-    torch.testing.assert_close(vectors(position, grid(shape), list(shape)), want, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(("shape", "other"), [((5,), (8,)), ((3, 4, 2), (5, 4, 3)), ((2, 3, 2, 2), (3, 2, 4, 2))])
-def test_learned_tables_of_other_axes_are_resampled_linearly(shape, other):
-    position = build("learned", Layout(width=24, heads=2, grid=shape))
-    got = vectors(position, grid(other), list(other))
-    places = (grid(other) + 0.5) * torch.tensor(shape) / torch.tensor(other) - 0.5  # cells of the same box
-    torch.testing.assert_close(got, vectors(position, places), rtol=0, atol=1e-6)
-    if len(shape) == 3:
-        table = position.table.detach().movedim(-1, 0)[None]
-        want = torch.nn.functional.interpolate(table, other, mode="trilinear")[0].flatten(1).T
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+SPECS = [
+    "hierarchical",
+    'hierarchical(tables="axes")',
+    "fourier",
+    'fourier(bands="learned")',
+    "recurrent",
+    "floater",
+    "multiplicative",
+    "concat",
+    "complexorder",
+    "inject(learned, layers=(0, -1))",
+]
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (3, 7)])
-def test_sinusoids_are_those_of_mae(shape):
-    module = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae")
-    want = module.build_2d_sinusoidal_position_embedding(*shape, embed_dim=24)
-    position = build("sincos", Layout(width=24, heads=2, grid=shape))
-    torch.testing.assert_close(vectors(position, grid(shape), list(shape)), want, rtol=0, atol=1e-6)
+@pytest.mark.parametrize(
+    "spec", ["hierarchical", 'hierarchical(tables="axes")', "recurrent", "floater", "complexorder"]
+)
+def test_a_full_grid_equals_its_cells_one_by_one(spec):
+    position, coords, x = made(spec, (4, 5)), grid((6, 3)).double(), torch.randn(1, 18, 24, dtype=torch.float64)
+    torch.testing.assert_close(position.embed(x, coords, [6, 3]), position.embed(x, coords), rtol=0, atol=1e-6)
 
 
-def test_a_table_of_another_grid_is_resampled_when_loaded():
-    small = build("learned", Layout(width=24, heads=2, grid=(4, 6)))
-    large = build("learned", Layout(width=24, heads=2, grid=(9, 5)))
-    large.load_state_dict(small.state_dict())
-    torch.testing.assert_close(large.table.detach().flatten(0, 1), vectors(small, grid((9, 5)), [9, 5]))
-    other = build("learned", Layout(width=26, heads=2, grid=(9, 5)))
-    with pytest.raises(RuntimeError, match="size mismatch for table"):
-        other.load_state_dict(small.state_dict())
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_cell_of_the_grid_has_a_different_vector(spec):
+    position = made(spec, (6, 6))
+    x = torch.ones(1, 24, dtype=torch.float64).expand(36, -1)[None]
+    vectors = position.embed(x, grid((6, 6)).double())[0]
+    distances = torch.cdist(vectors, vectors) + torch.eye(36)
+    assert position.reversible
+    assert distances.min() > 1e-3
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4)])
-@pytest.mark.parametrize("unit", ["index", "centered"])
-def test_learned_tables_are_linear_between_cells(shape, unit):
-    layout = Layout(width=24, heads=2, grid=shape, unit=unit)
-    position = build("learned", layout)
-    torch.testing.assert_close(
-        vectors(position, layout.coords()), position.table.detach().flatten(0, -2), rtol=0, atol=1e-5
-    )
-    places = torch.rand(6, len(shape)) * (torch.tensor(shape) - 1)
-    inside = places if unit == "index" else 2 * (places + 0.5) / torch.tensor(shape) - 1
-    for place, got in zip(places, vectors(position, inside), strict=True):
-        want = torch.zeros(24)
-        for cell in torch.tensor([[c] for c in range(math.prod(shape))])[:, 0]:
-            index = torch.unravel_index(cell, shape)
-            weight = math.prod(max(0.0, 1 - abs(float(p) - int(i))) for p, i in zip(place, index, strict=True))
-            want += weight * position.table.detach()[tuple(index)]
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("spec", [*SPECS, "peg"])
+def test_a_vit_with_the_scheme_can_be_traced(spec):
+    torch.manual_seed(0)
+    net = RopeViT(16, 4, position=spec, embed_dim=24, depth=2, num_heads=2, num_classes=3).eval()
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(create_feature_extractor(net, ["head"])(x)["head"], net(x))
 
 
-def test_learned_tables_go_on_beyond_the_border_as_at_it():
-    position = build("learned", Layout(width=24, heads=2, grid=(3, 4)))
-    far = vectors(position, torch.tensor([[-5.0, 1.0], [9.0, 99.0]]))
-    torch.testing.assert_close(far, position.table.detach()[[0, 2], [1, 3]])
-
-
-@pytest.mark.parametrize("shape", [(6, 6), (4, 7)])
-def test_sinusoids_are_timms(shape):
-    want = build_sincos2d_pos_embed(list(shape), dim=32, temperature=10000.0, interleave_sin_cos=True)
-    position = build("sincos", Layout(width=32, heads=2, grid=shape))
-    torch.testing.assert_close(vectors(position, grid(shape), width=32), want, rtol=0, atol=1e-5)
-
-
-def test_one_axis_of_sinusoids_is_the_flattened_grid():
-    position = build("sincos(axes=1)", Layout(width=24, heads=2, grid=(3, 4)))
-    got = vectors(position, grid((3, 4)))
-    for number in range(12):
-        angles = [number * 10000 ** (-j / 12) for j in range(12)]
-        want = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
-        torch.testing.assert_close(got[number], want, rtol=0, atol=1e-5)
-    wider = vectors(position, grid((2, 7)), [2, 7])
-    torch.testing.assert_close(wider[:12], got, rtol=0, atol=1e-5)
-
-
-def test_channels_that_do_not_divide_stay_zero():
-    position = build("sincos", Layout(width=28, heads=2, grid=(2, 2, 2)))
-    got = vectors(position, grid((2, 2, 2)), width=28)
-    assert (got[:, 24:] == 0).all()
-    assert (got[:, :24].abs().sum(0) > 0).all()
-
-
-def test_places_are_exact_under_autocast():
-    position = build("sincos", Layout(width=24, heads=2, grid=(300, 2)))
-    want = vectors(position, grid((300, 2)))
+@pytest.mark.parametrize("spec", [*SPECS, "peg"])
+def test_autocast_does_not_round_positions(spec):
+    position, coords = made(spec, (5, 6)), grid((5, 6))
+    x = torch.ones(1, 30, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(vectors(position, grid((300, 2))), want, rtol=0, atol=0)
+        rounded = position.embed(x, coords)
+    exact = position.embed(x, coords)
+    tolerance = 2e-2 if spec in ("concat", "peg") else 0  # these also transform the tokens, which may be rounded
+    torch.testing.assert_close(rounded, exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "hierarchical(alpha=0.5)",
+            'digits with alpha 0.5; use a different alpha, such as 0.4, or tables="axes" with it',
+        ),
+        ("hierarchical(alpha=1)", "hierarchical needs an alpha between 0 and 1 and a std of 0 or more, got 1, 0.02"),
+        ("hierarchical(std=-1)", "got 0.4, -1"),
+        ("fourier(count=0)", "fourier needs a count and a hidden width of at least 1, got 0 and 24"),
+        ("complexorder(base=0)", "complexorder needs a positive base and channel pairs for each of 2 axes, got base 0"),
+        ("recurrent(extent=0.5)", "recurrent needs an extent of at least 1, the full training grid, got 0.5"),
+        ("floater(steps=0)", "floater needs at least 1 step and 1 hidden channel, got 0 and 64"),
+        ("concat(channels=0)", "concat needs at least 1 channel, got 0"),
+        ("inject(learned, layers=(3,))", "inject names layer 3, but there are 3, counted from 0"),
+        ("inject(axial)", "inject needs one scheme that acts on tokens; others join outside, inject(learned) + axial"),
+        ("inject(learned + axial)", "inject needs one scheme that acts on tokens"),
+    ],
+)
+def test_refusals(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        made(spec, (4, 5))

@@ -1,4 +1,7 @@
-"""TODO positions.absolute.base from ['positions.absolute']."""
+"""The base class of absolute schemes, which add a vector to each token.
+
+Shapes   B samples, N tokens, A axes, C channels of a token; vectors (N, C) or (B, N, C)
+"""
 
 from collections.abc import Sequence
 
@@ -8,19 +11,22 @@ from ..base import Position, no_autocast
 
 
 class Absolute(Position):
-    """A scheme that gives every place a vector, which is added to the token there."""
+    """A scheme that adds a vector to each token. Subclasses implement `vectors`."""
 
     relative = False
     reversible = True
 
     def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
-        """Vectors (N, C) or (B, N, C) of coordinates (N, A) or (B, N, A), at least as precise as those."""
+        """Return vectors (N, C) or (B, N, C) at coordinates (N, A) or (B, N, A).
+
+        Their precision is at least that of the coordinates.
+        """
         raise NotImplementedError(f"{type(self).__name__} needs vectors()")
 
-    def places(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
-        """The vectors, which autocast does not round."""
+    def embedding(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
+        """Return `vectors`, computed without autocast, which would round them."""
         with no_autocast(coords.device):
             return self.vectors(coords, grid, layer)
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
-        return x + self.places(coords, grid, layer).to(x.dtype)
+        return x + self.embedding(coords, grid, layer).to(x.dtype)

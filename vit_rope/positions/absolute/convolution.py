@@ -1,4 +1,7 @@
-"""Positions from a convolution over the map of tokens: what a token's neighbours are, and where the map ends."""
+"""Positions from a convolution over the map of tokens, whose zero padding reveals the border.
+
+Shapes   B samples, N tokens, A axes, C channels of a token; maps (B, C, *sizes)
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base import Layout, Position
-from ..grids import is_whole
+from ..grids import is_full_grid
 from ..specs import register
 from .wrappers import Inject
 
@@ -16,9 +19,9 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Convolution(Position):
-    """x + a depthwise convolution of x, over the map of all tokens. `peg` says when, and what the options are."""
+    """x + a depthwise convolution of x over the map of all tokens; see `peg` for the options."""
 
-    unbounded = False  # cells beyond the border count as those at it, and those far from any border look the same
+    unbounded = False  # cells beyond the border count as cells at it, and cells far from any border look the same
 
     def __init__(self, layout: Layout, kernel: int, padding: Literal["zeros", "circular"]) -> None:
         super().__init__()
@@ -34,25 +37,25 @@ class Convolution(Position):
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
         sizes = self.layout.grid if grid is None else grid
-        if grid is not None and is_whole(coords, grid):
+        if grid is not None and is_full_grid(coords, grid):
             return x + self.convolve(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
-        number = self.cells(coords, sizes).expand(len(x), -1)[..., None].expand_as(x)
+        index = self.cells(coords, sizes).expand(len(x), -1)[..., None].expand_as(x)
         maps = x.new_zeros(len(x), torch.Size(sizes).numel(), x.shape[2])
-        maps = maps.scatter_reduce(1, number, x, "mean", include_self=False)
-        found = self.convolve(maps.transpose(1, 2).unflatten(2, sizes)).flatten(2).transpose(1, 2)
-        return x + found.gather(1, number)
+        maps = maps.scatter_reduce(1, index, x, "mean", include_self=False)
+        convolved = self.convolve(maps.transpose(1, 2).unflatten(2, sizes)).flatten(2).transpose(1, 2)
+        return x + convolved.gather(1, index)
 
     def cells(self, coords: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Row-major numbers (B or 1, N) of the cells of a map that coordinates fall into."""
+        """Return row-major indices (B or 1, N) of the cells of a map at these coordinates."""
         nearest = (self.layout.cell(coords, sizes) + 0.5).floor().long()
-        total = torch.zeros_like(nearest[..., 0])
+        index = torch.zeros_like(nearest[..., 0])
         for a, n in enumerate(sizes):
-            at = nearest[..., a] % n if self.padding == "circular" else nearest[..., a].clamp(0, n - 1)
-            total = total * n + at
-        return total if total.ndim == 2 else total[None]
+            along_axis = nearest[..., a] % n if self.padding == "circular" else nearest[..., a].clamp(0, n - 1)
+            index = index * n + along_axis
+        return index if index.ndim == 2 else index[None]
 
     def convolve(self, maps: Tensor) -> Tensor:
-        """Maps (B, C, *sizes) to maps of the same size, a kernel for each channel."""
+        """Convolve maps (B, C, *sizes) to maps of the same size, with a kernel for each channel."""
         kernel = self.weight.shape[2:]
         weight, bias = self.weight.to(maps.dtype), self.bias.to(maps.dtype)
         border = [n // 2 for n in kernel for _ in range(2)]
@@ -62,18 +65,23 @@ class Convolution(Position):
 
 @register
 def peg(layout: Layout, kernel: int = 3, padding: Literal["zeros", "circular"] = "zeros") -> Inject:
-    """x + a depthwise convolution over the map of tokens, after the first layer: PEG, of CPVT (arXiv:2102.10882).
+    """x + a depthwise convolution over the map of tokens: PEG of CPVT (arXiv:2102.10882).
 
-    Nothing says where a token is but its neighbours and the zeros beyond the border; with `padding` "circular" there is
-    no border, and nothing leaks. Acts before layer 1, or layer 0 of one. Dropped tokens are zeros in the map; tokens at
-    coordinates of the caller's own go to the cell that each falls into, of the training grid, or to its border from
-    beyond (round it, where circular), and count by their mean where they share one. The map needs 1, 2 or 3 axes:
-    ValueError for others, for an even kernel, and for one that is circular and wider than the grid.
+    A token's location shows only in its neighbors and in the zeros beyond the border. With
+    `padding` "circular" there is no border, so no position leaks. The convolution acts before layer
+    1, or before layer 0 of a model with one layer.
+
+    Dropped tokens are zeros in the map. Tokens with custom coordinates go to the cell of the
+    training grid that contains them. Tokens beyond the grid go to its border, or wrap around if
+    circular. Tokens in the same cell are averaged.
+
+    Raises ValueError for more than 3 axes, an even kernel, or a circular kernel wider than the
+    grid.
     """
     if layout.axes not in CONVOLUTIONS:
         raise ValueError(f"peg convolves maps of 1, 2 or 3 axes, got {layout.axes}")
     if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"peg needs a kernel of an odd size, which has a middle, got {kernel}")
+        raise ValueError(f"peg needs a kernel of an odd size, which has a center, got {kernel}")
     if padding == "circular" and kernel // 2 > min(layout.grid):
-        raise ValueError(f"a circular kernel of {kernel} winds around a grid of {layout.grid} more than once")
+        raise ValueError(f"a circular kernel of {kernel} wraps around a grid of {layout.grid} more than once")
     return Inject(layout, Convolution(layout, kernel, padding), layers=(min(1, layout.depth - 1),))

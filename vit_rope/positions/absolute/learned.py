@@ -1,4 +1,7 @@
-"""Absolute positions: vectors of places, added to the tokens before the first layer; and nothing, to compare with."""
+"""Learned absolute positions: a vector for each cell, joined with the tokens.
+
+Shapes   B samples, N tokens, A axes, C channels of a token; tables (*grid, C)
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base import Layout, Position
-from ..grids import is_whole, read, resample, summed
+from ..grids import interpolate, is_full_grid, resample, sum_over_axes
 from ..specs import register
 from .base import Absolute
 
@@ -19,9 +22,10 @@ from .base import Absolute
 class Learned(Absolute):
     """A learned vector for every cell of the training grid (arXiv:2010.11929).
 
-    On another grid the table is resampled, bicubic and antialiased on images and linear elsewhere; at coordinates
-    that are no whole grid it is read by linear interpolation between cells, and beyond the border it goes on as at the
-    border. A checkpoint of another grid is resampled when it is loaded.
+    For a different grid the table is resampled: bicubic and antialiased for images, linear
+    otherwise. At coordinates that are not a full grid it is interpolated linearly between cells,
+    and beyond the border it has the values of the border. The table of a checkpoint with a
+    different grid is resampled when it is loaded.
     """
 
     unbounded = False
@@ -39,12 +43,14 @@ class Learned(Absolute):
 
     def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
         table = self.table.float() if grid is None else resample(self.table.float(), grid)
-        return table.flatten(0, -2) if is_whole(coords, grid) else read(table, self.layout.cell(coords, grid))
+        return (
+            table.flatten(0, -2) if is_full_grid(coords, grid) else interpolate(table, self.layout.cell(coords, grid))
+        )
 
     def fit(self, stored: Tensor) -> Tensor:
-        """A stored table as this grid needs it, resampled if it is one of another grid."""
-        mine = self.table.shape
-        if stored.shape == mine or stored.ndim != len(mine) or stored.shape[-1] != mine[-1]:
+        """Return a stored table, resampled to the grid of this scheme if its own grid differs."""
+        shape = self.table.shape
+        if stored.shape == shape or stored.ndim != len(shape) or stored.shape[-1] != shape[-1]:
             return stored
         return resample(stored.float(), self.layout.grid).to(stored.dtype)
 
@@ -57,19 +63,23 @@ class Learned(Absolute):
 
 @register
 class Hierarchical(Absolute):
-    """A learned table for one axis, which serves several and goes on beyond its end (Su, https://kexue.fm/archives/7947).
+    """A learned table that extends beyond its end, and to several axes.
 
-    Su splits place k = i m + j of a table of m rows into digits, p_k = alpha u_i + (1 - alpha) u_j with the table as
-    its first m rows: u = (p - alpha p_0) / (1 - alpha). So each axis of n cells goes on to n² of them. Over axes the
-    same sum is e[y, x] = alpha u_y + (1 - alpha) u_x, of one shared table; with alpha = 1/2 that could not tell (y, x)
-    from (x, y), so Su takes 0.4. A flattened text has a slow and a fast digit, but images have no such axes: a step
-    down would count alpha / (1 - alpha) = 2/3 of one to the right. `tables="axes"` is the honest form there: each axis
-    has a table of its own and equal weight, 1/2 on images, and alpha serves what lies beyond the tables alone.
 
-    Raises ValueError for an alpha outside (0, 1), or one with which two places look the same.
+    Su (https://kexue.fm/archives/7947) splits position k = i m + j of a table of m rows into two
+    digits, i and j: p_k = alpha u_i + (1 - alpha) u_j. The first m positions are the table itself,
+    so u = (p - alpha p_0) / (1 - alpha), and an axis of n cells extends to n² cells.
+
+    Over two axes the same sum is e[y, x] = alpha u_y + (1 - alpha) u_x, of one shared table. With
+    alpha = 1/2 it could not distinguish (y, x) from (x, y), so Su uses 0.4. Flattened text has a
+    slow and a fast digit, but images have no such axes: a step down would count alpha / (1 - alpha)
+    = 2/3 of a step to the right. With `tables="axes"` each axis has its own table and the same
+    weight, 1/2 on images, and alpha is used beyond the tables only.
+
+    Raises ValueError for an alpha outside (0, 1), or one that gives two positions the same vector.
     """
 
-    unbounded = False  # but to n² cells
+    unbounded = False  # limited to n² cells
 
     def __init__(
         self, layout: Layout, alpha: float = 0.4, tables: Literal["shared", "axes"] = "shared", std: float = 0.02
@@ -81,8 +91,8 @@ class Hierarchical(Absolute):
         steps = [alpha ** (axes - 1 - a) * (1 if a == 0 else 1 - alpha) for a in range(axes)]
         sums = {round(sum(chosen), 9) for chosen in product(*((0.0, step) for step in steps))}
         if alpha == 0.5 or (shared and len(sums) < 2**axes):
-            remedy = 'take another, such as 0.4, or tables="axes" with one' if axes > 1 else "take another, such as 0.4"
-            raise ValueError(f"hierarchical cannot tell digits apart with alpha {alpha}; {remedy}")
+            remedy = "use a different alpha, such as 0.4" + (', or tables="axes" with it' if axes > 1 else "")
+            raise ValueError(f"hierarchical cannot distinguish digits with alpha {alpha}; {remedy}")
         self.layout, self.alpha, self.std = layout, alpha, std
         self.weights = steps if shared else [1 / axes] * axes
         self.sizes = [max(layout.grid)] if shared else list(layout.grid)
@@ -95,15 +105,15 @@ class Hierarchical(Absolute):
     def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
         tables = self.table.to(coords.dtype).split(self.sizes) * (len(self.weights) // len(self.sizes))
 
-        def along(axis: int, cells: Tensor) -> Tensor:
+        def vectors_along(axis: int, cells: Tensor) -> Tensor:
             low = cells.floor()
             first, second = (self.digits(tables[axis], low + step) for step in (0, 1))
             return self.weights[axis] * torch.lerp(first, second, (cells - low)[..., None])
 
-        return summed(along, self.layout.cell(coords, grid), grid)
+        return sum_over_axes(vectors_along, self.layout.cell(coords, grid), grid)
 
     def digits(self, table: Tensor, cells: Tensor) -> Tensor:
-        """Rows (…, C) at whole cells (…) of a table (n, C) that goes on to n² cells."""
+        """Return rows (…, C) at integer cells (…) of a table (n, C) that extends to n² cells."""
         n = len(table)
         cells = cells.long().clamp(0, n * n - 1)
         units = (table - self.alpha * table[0]) / (1 - self.alpha)
@@ -112,21 +122,21 @@ class Hierarchical(Absolute):
 
 @register
 class Multiplicative(Learned):
-    """A learned vector for every cell that multiplies the token there, x ⊙ (1 + p), from p near 0.
+    """A learned vector p for every cell, near 0 at first, that multiplies tokens: x ⊙ (1 + p).
 
-    p is a table as that of `learned`, resampled and read in the same way.
+    p is a table like that of `learned`, resampled and interpolated in the same way.
     """
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
-        return x * (1 + self.places(coords, grid, layer)).to(x.dtype)
+        return x * (1 + self.embedding(coords, grid, layer)).to(x.dtype)
 
 
 @register
 class Concat(Position):
-    """Token and place side by side, W [x; p], of a learned table of `channels` for every cell.
+    """Tokens and learned vectors p of `channels`, concatenated and projected: W [x; p].
 
-    This is W_x x + W_p p: a sum again, whose table has fewer channels. W_x begins as the identity. Raises ValueError
-    for fewer than 1 channel.
+    This equals W_x x + W_p p, so it is a sum again, with a smaller table. W_x is initialized as the
+    identity. Raises ValueError for fewer than 1 channel.
     """
 
     relative, reversible, unbounded = False, True, False
@@ -145,5 +155,5 @@ class Concat(Position):
             self.weight[:, : len(self.weight)] = torch.eye(len(self.weight), device=self.weight.device)
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
-        places = self.table.places(coords, grid, layer).to(x.dtype).expand(*x.shape[:-1], -1)
-        return F.linear(torch.cat((x, places), dim=-1), self.weight.to(x.dtype)).to(x.dtype)
+        vectors = self.table.embedding(coords, grid, layer).to(x.dtype).expand(*x.shape[:-1], -1)
+        return F.linear(torch.cat((x, vectors), dim=-1), self.weight.to(x.dtype)).to(x.dtype)

@@ -1,4 +1,7 @@
-"""Absolute positions made of waves: Fourier features of any frequencies, and places as the phases of the tokens."""
+"""Absolute positions from waves: sinusoids, Fourier features, and rotations of the tokens.
+
+Shapes   B samples, N tokens, A axes, C channels of a token, P frequencies of an axis, W waves
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,16 +22,20 @@ from .base import Absolute
 
 @register
 class SinCos(Absolute):
-    """Fixed sines and cosines of the coordinates (arXiv:1706.03762), an equal share of the channels for each axis.
+    """Fixed sines and cosines of the coordinates (arXiv:1706.03762).
 
-    An axis with P frequencies base^(-j/P) fills P sines, then P cosines: rows first, as in MAE (arXiv:2111.06377);
-    channels that do not divide stay zero, at the end. With axes=1 the one axis is the flattened grid.
+    Axes have equal shares of the channels. Each has P frequencies base^(-j/P) and fills P sines,
+    then P cosines. Rows come first, as
+    in MAE (arXiv:2111.06377). Remaining channels, at the end, are zero. With axes=1 the single axis
+    is the flattened grid.
+
+    Raises ValueError for a wrong number of axes, a base of 0 or less, or a width that is too small.
     """
 
     def __init__(self, layout: Layout, base: float = 10000.0, axes: int | None = None) -> None:
         super().__init__()
         if axes not in (None, 1, layout.axes):
-            raise ValueError(f"sincos(axes=…) is 1 or the grid's own number of axes, {layout.axes}, got {axes}")
+            raise ValueError(f"sincos(axes=…) must be 1 or the number of axes of the grid, {layout.axes}, got {axes}")
         if base <= 0:
             raise ValueError(f"sincos needs a positive base, got {base}")
         self.layout, self.base, self.flattened = layout, base, axes == 1
@@ -46,13 +53,17 @@ class SinCos(Absolute):
 
 @register
 class Fourier(Absolute):
-    """Sines and cosines of the coordinates, on whatever scale, which two layers (GELU between) take to a vector.
+    """Sines and cosines of the coordinates, and an MLP with one hidden layer and GELU.
 
-    With p the coordinates of which a grid spans [-1, 1] along each axis, `bands` "octaves" are sin and cos of
-    2^k pi p_a for k = 0 … count - 1 along each axis a, as in NeRF (arXiv:2003.08934), by default up to two cells of the
-    training grid a period. "learned" are `count` (64) frequencies that all axes share in and that training moves,
-    drawn at first from a normal distribution of one radian per cell: learnable Fourier features (arXiv:2106.02795).
-    Other grids are stretched to the same span. Raises ValueError for a count or `hidden` width below 1.
+    Coordinates p are scaled so that a grid spans [-1, 1] along each axis; other grids are stretched
+    to the same span. `bands` is one of:
+
+    - "octaves": sin and cos of 2^k pi p_a for k = 0 … count - 1 along each axis a, as in NeRF
+      (arXiv:2003.08934). By default the shortest period is two cells of the training grid.
+    - "learned": `count` (64) learned frequencies, each a vector over all axes, initialized from a
+      normal distribution of one radian per cell: learnable Fourier features (arXiv:2106.02795).
+
+    Raises ValueError for a count or a `hidden` width below 1.
     """
 
     def __init__(
@@ -79,10 +90,12 @@ class Fourier(Absolute):
 
     def reset_parameters(self) -> None:
         if self.freqs is not None:
-            with torch.no_grad():  # a radian per cell, of which the span from -1 to 1 has n
+            with torch.no_grad():  # one radian per cell; the span from -1 to 1 has n cells
                 spans = torch.tensor(self.layout.grid, dtype=torch.float32, device=self.freqs.device)
                 self.freqs.normal_().mul_(spans[:, None] / 2)
-        nn.init.normal_(self.inner, std=(self.inner.shape[1] / 2) ** -0.5)  # a sine's and a cosine's squares sum to 1
+        nn.init.normal_(
+            self.inner, std=(self.inner.shape[1] / 2) ** -0.5
+        )  # the squares of a sine and its cosine sum to 1
         nn.init.zeros_(self.inner_bias)
         nn.init.normal_(self.outer, std=self.outer.shape[1] ** -0.5)
 
@@ -91,41 +104,43 @@ class Fourier(Absolute):
         return F.linear(F.gelu(F.linear(self.waves(coords, grid), inner, bias)), outer)
 
     def waves(self, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
-        """Sines, then cosines (…, 2W) at coordinates (…, A); octaves an axis at a time."""
+        """Return sines, then cosines (…, 2W) at coordinates (…, A); octaves are ordered by axis."""
         cells = self.layout.cell(coords, grid)
         sizes = self.layout.grid if grid is None else grid
-        places = torch.stack([(2 * cells[..., a] + 1) / n - 1 for a, n in enumerate(sizes)], dim=-1)
+        points = torch.stack([(2 * cells[..., a] + 1) / n - 1 for a, n in enumerate(sizes)], dim=-1)
         if self.freqs is None:
             octaves = math.pi * 2 ** torch.arange(self.count, dtype=coords.dtype, device=coords.device)
-            theta = (places[..., None] * octaves).flatten(-2)
+            theta = (points[..., None] * octaves).flatten(-2)
         else:
-            theta = (places[..., None] * self.freqs.to(coords.dtype)).sum(dim=-2)
+            theta = (points[..., None] * self.freqs.to(coords.dtype)).sum(dim=-2)
         return torch.cat((theta.sin(), theta.cos()), dim=-1)
 
 
 @register
 class ComplexOrder(Rotary):
-    """Channel pairs of a token are complex numbers r e^{i phi}, and its place turns them: r e^{i (omega p + phi)}.
+    """Channel pairs of a token, r e^{i phi}, rotated by its position: r e^{i (omega p + phi)}.
 
-    Complex-valued embeddings (arXiv:1912.12333): amplitude and phase are the token's own, frequencies are learned from
-    base^(-j/P) along each axis, P pairs each. There every word has frequencies of its own; those of a patch would be a
-    function of what it shows, so here all tokens share them. Products of embeddings are then relative as in RoPE, but
-    what the weights of an attention make of them is not. Raises ValueError where the width is too small.
+    Complex-valued embeddings (arXiv:1912.12333): amplitude and phase come from the token.
+    Frequencies are learned, initialized as base^(-j/P), with P pairs for each axis. In the paper
+    every word has its own frequencies; for patches they would depend on the content, so here all
+    tokens share them. Inner products of two embeddings are then relative as in RoPE, but those of
+    the queries and keys projected from them are not. Raises ValueError for a width that is too
+    small, or a base of 0 or less.
     """
 
     relative = False
     reversible = True
 
     def __init__(self, layout: Layout, base: float = 10000.0) -> None:
-        each, axes = layout.width // (2 * layout.axes), layout.axes
-        if each == 0 or base <= 0:
+        pairs, axes = layout.width // (2 * layout.axes), layout.axes
+        if pairs == 0 or base <= 0:
             raise ValueError(
                 f"complexorder needs a positive base and channel pairs for each of {axes} axes, "
                 f"got base {base} and width {layout.width}"
             )
-        freqs = torch.zeros(1, 1, axes, axes * each, dtype=torch.float64, device="cpu")
+        freqs = torch.zeros(1, 1, axes, axes * pairs, dtype=torch.float64, device="cpu")
         for axis in range(axes):
-            freqs[..., axis, axis * each : (axis + 1) * each] = geometric(each, base)
+            freqs[..., axis, axis * pairs : (axis + 1) * pairs] = geometric(pairs, base)
         super().__init__(freqs, learned=True)
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:

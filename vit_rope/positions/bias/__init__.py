@@ -1,3 +1,3 @@
-"""Bias schemes: logits gain a function of the displacement only."""
+"""Bias schemes: a function of the positions only is added to the logits."""
 
 from . import fixed, learned, networks, products

@@ -1,4 +1,12 @@
-"""TODO positions.bias.base from ['positions.bias']."""
+"""The base class of bias schemes, which add a function of the displacement to the scaled logits.
+
+Displacements Δ = key - query are in cells of the training grid. To write a scheme, subclass `Bias`
+and implement `logits`. On a full grid it is evaluated once for each of the prod(2s - 1)
+displacements, and pairs look up their value. Other tokens get a value for each pair.
+
+Shapes   L layers (1 if shared), B samples, H heads, N queries, M keys, A axes,
+         T displacements of a grid; Δ (…, A), logits (L, H, …)
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,34 +20,38 @@ from ..encoding import Encoding, RelativeTerm
 
 
 class Bias(Position):
-    """A bias that is a function of the displacement, which subclasses write as `logits`."""
+    """A bias that is a function of the displacement. Subclasses implement `logits`."""
 
     reversible = True
     keeps_flash = False
     unbounded = False
-    costly = False  # whether a network of this size must not run on pairs: dropped tokens then look up their grid's
+    costly = False  # True for a network: with dropped tokens too, it runs once for the displacements of the grid
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
 
     def logits(self, delta: Tensor) -> Tensor:
-        """Logits (L, H, …) of displacements (…, A)."""
+        """Return logits (L, H, …) at displacements (…, A)."""
         raise NotImplementedError(f"{type(self).__name__} needs logits()")
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
-        return self.placed(self.logits, coords, key_coords, grid)
+        return self.bias_encoding(self.logits, coords, key_coords, grid)
 
-    def placed(
+    def bias_encoding(
         self,
         logits: Callable[[Tensor], Tensor],
         coords: Tensor,
         key_coords: Tensor | None,
         grid: Sequence[int] | None,
     ) -> Encoding:
-        """The biases (B, H, N, M) of each layer, which layers that differ look up for themselves, one at a time."""
-        if displacements.is_whole(coords, key_coords, grid) or (self.costly and grid is not None):
-            delta, index = displacements.across_axes(*displacements.along_axes(self.layout, coords, key_coords, grid))
+        """Return the encoding with the biases (B, H, N, M) of the function `logits`.
+
+        If layers differ, each looks up its own bias, so that the biases of all layers are never in
+        memory at once.
+        """
+        if displacements.within_full_grid(coords, key_coords, grid) or (self.costly and grid is not None):
+            delta, index = displacements.combine_axes(*displacements.along_axes(self.layout, coords, key_coords, grid))
             values = logits(delta)  # (L, H, T)
             if len(values) > 1:
                 return Encoding(term_lists=[[RelativeTerm(table[..., None], index, "logits")] for table in values])
@@ -50,12 +62,12 @@ class Bias(Position):
 
 
 def length(delta: Tensor, distance: str) -> Tensor:
-    """Lengths (…) of displacements (…, A)."""
-    if delta.shape[-1] == 1:  # where all distances are one, and compiled graphs of torch 2.9 have no norm
+    """Return the lengths (…) of displacements (…, A): the "euclidean" or the "manhattan" norm."""
+    if delta.shape[-1] == 1:  # both norms are equal; compiled graphs of torch 2.9 have no norm()
         return delta[..., 0].abs()
     return delta.norm(dim=-1) if distance == "euclidean" else delta.abs().sum(dim=-1)
 
 
 def constants(values: Tensor | Sequence[Any], delta: Tensor) -> Tensor:
-    """Constants (…, H), on the device and in the type of displacements (…, A), as (…, H, 1 …)."""
+    """Return constants (…, H) as (…, H, 1 …), on the device and in the dtype of displacements."""
     return torch.as_tensor(values, dtype=delta.dtype, device=delta.device)[(..., *[None] * (delta.ndim - 1))]

@@ -1,9 +1,12 @@
-"""Biases that are products of what queries and keys have of their own: they ride beside them and keep flash attention.
+"""Biases that are inner products, computed by extra channels of queries and keys, so flash
+attention works.
 
-A bias Σ_c f_c(p_i) g_c(p_j) joins the logits without a mask when f_c and g_c are channels beside queries and keys.
-Attention then takes as many channels more for each head, also of values, so it costs in proportion.
+A bias of the form Σ_c f_c(p_i) g_c(p_j) needs no mask: f_c are extra channels of the queries, and
+g_c are extra channels of the keys. Attention then has more channels in each head, also in its
+values, and its cost grows in proportion.
 
-Shapes   L layers (1 if shared), H heads, D channels of a head, N tokens, channels beside (B, H, N, E)
+Shapes   B samples, L layers (1 if shared), H heads, D channels of a head, N tokens, A axes,
+         C channels of a token, P frequencies of an axis, extra channels (B, H, N, E)
 """
 
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ from torch.nn import functional as F
 
 from ..base import Layout, Position, check_pairs
 from ..encoding import Encoding
-from ..grids import is_whole, read, resample
+from ..grids import interpolate, is_full_grid, resample
 from ..specs import register
 from ..transform import Transform
 from .base import Bias, constants
@@ -22,12 +25,13 @@ from .base import Bias, constants
 
 @register
 class Sandwich(Bias):
-    """The inner product of two tokens' sinusoids, weaker from head to head (arXiv:2212.10356).
+    """The inner product of the sinusoids of two tokens (arXiv:2212.10356).
 
-    Σ_a Σ_j (cos(θ_j Δ_a) - 1) · H / 8h for head h = 1 … H, θ_j = base^(-j/P), of P = channels // 2A pairs for each
-    axis, Δ in cells of the training grid. The sinusoids ride beside queries and keys, so no mask is needed, at the cost
-    of `channels` + 1 channels more in every head; flash=False makes a bias instead, which is faster on grids of a few
-    hundred cells. Raises ValueError where the channels are no pair for each axis.
+    The bias is Σ_a Σ_j (cos(θ_j Δ_a) - 1) · H / 8h for head h = 1 … H, with θ_j = base^(-j/P) and P
+    = channels // 2A pairs for each axis, and Δ in cells of the training grid. The sinusoids are
+    extra channels of queries and keys, so no mask is needed, but every head has `channels` + 1 more
+    channels. flash=False computes a bias instead, which is faster on grids of a few hundred cells.
+    Raises ValueError for fewer channels than a pair for each axis, or a base of 0 or less.
     """
 
     unbounded = True
@@ -53,28 +57,30 @@ class Sandwich(Bias):
         return Encoding(q=Transform(extra=[q]), k=Transform(extra=[F.pad(k, (0, 1), value=1.0)]))
 
     def sinusoids(self, coords: Tensor) -> Tensor:
-        """Cosines and sines (B, 1, N, channels) of the cells at coordinates."""
+        """Return the cosines and sines (B, 1, N, channels) of the cells at coordinates."""
         theta = self.angles(self.layout.cell(coords if coords.ndim == 3 else coords[None]))
         return torch.stack((theta.cos(), theta.sin()), dim=-1).flatten(2)[:, None]
 
     def angles(self, x: Tensor) -> Tensor:
-        """Angles (…, A, P) of places or displacements (…, A)."""
+        """Return the angles (…, A, P) of cells or displacements (…, A)."""
         return x[..., None] * self.base ** (-torch.arange(self.pairs, dtype=x.dtype, device=x.device) / self.pairs)
 
 
 class UntiedPositions(Position):
-    """Logits (content · q_i · k_j + place · p_i U_q · p_j U_k) / sqrt(D) of tokens, and of learned vectors p of places.
+    """Logits (content · q_i · k_j + position · p_i U_q · p_j U_k) / sqrt(D), with learned p.
 
-    Vectors (*grid, C) are resampled to other grids as `learned` does it, normalised, and projected to all heads.
+    `content` and `position` are constant weights. p are vectors of positions; their table (*grid,
+    C) is resampled to other grids as by `learned`. Vectors are normalized and projected to all
+    heads.
     """
 
     reversible = True
     relative = False
     unbounded = False
 
-    def __init__(self, layout: Layout, layers: int, content: float, place: float) -> None:
+    def __init__(self, layout: Layout, layers: int, content: float, position: float) -> None:
         super().__init__()
-        self.layout, self.content, self.place = layout, content, place
+        self.layout, self.content, self.position = layout, content, position
         self.table = nn.Parameter(torch.empty(*layout.grid, layout.width))
         self.projections = nn.Parameter(torch.empty(2, layers, layout.width, layout.heads * layout.head_dim))
         self.reset_parameters()
@@ -85,33 +91,44 @@ class UntiedPositions(Position):
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         table = self.table if grid is None else resample(self.table, grid)
-        vectors = table.flatten(0, -2) if is_whole(coords, grid) else read(table, self.layout.cell(coords, grid))
-        others = vectors if key_coords is None else read(table, self.layout.cell(key_coords, grid))
+        if is_full_grid(coords, grid):
+            queries = table.flatten(0, -2)
+        else:
+            queries = interpolate(table, self.layout.cell(coords, grid))
+        keys = queries if key_coords is None else interpolate(table, self.layout.cell(key_coords, grid))
         return Encoding(
-            Transform(extra=self.project(vectors, 0, self.place * self.layout.head_dim**-0.5)),
-            Transform(extra=self.project(others, 1, 1.0)),
+            Transform(extra=self.project(queries, 0, self.position * self.layout.head_dim**-0.5)),
+            Transform(extra=self.project(keys, 1, 1.0)),
             scale=self.content,
         )
 
-    def project(self, vectors: Tensor, side: int, factor: float) -> list[Tensor]:
-        """Channels (B, H, N, D) of each layer, beside queries or keys, of vectors (N, C) or (B, N, C)."""
+    def project(self, vectors: Tensor, index: int, factor: float) -> list[Tensor]:
+        """Project vectors (N, C) or (B, N, C) to extra channels (B, H, N, D) of each layer.
+
+        `index` selects the projection: 0 for queries, 1 for keys.
+        """
         vectors = F.layer_norm(vectors if vectors.ndim == 3 else vectors[None], vectors.shape[-1:]) * factor
-        weights = self.projections[side].to(vectors.dtype).unbind(0)
+        weights = self.projections[index].to(vectors.dtype).unbind(0)
         return [(vectors @ weight).unflatten(-1, (self.layout.heads, -1)).transpose(1, 2) for weight in weights]
 
 
 @register
 def tupe(layout: Layout) -> Position:
-    """Content and place untied: (q_i · k_j + p_i U_q · p_j U_k) / sqrt(2D), shared by all layers (arXiv:2006.15595).
+    """Content and position untied: (q_i · k_j + p_i U_q · p_j U_k) / sqrt(2D) (arXiv:2006.15595).
 
-    TUPE-A; TUPE-R is "tupe + t5". Tokens without a place have logits of their content alone: θ_2, what all others add
-    to a class token's, is 0, and θ_1, what it adds to theirs, is the same along its row, where a softmax sees nothing.
+    All layers share the positions. This is TUPE-A; TUPE-R is "tupe + t5". Tokens without a position
+    have logits of their content only. Of the paper's two constants for the class token, θ_2 (other
+    tokens to the class token) is 0 here, and θ_1 (the class token to others) is the same along its
+    row, so the softmax cancels it.
     """
-    return UntiedPositions(layout, 1, content=2**-0.5, place=2**-0.5)
+    return UntiedPositions(layout, 1, content=2**-0.5, position=2**-0.5)
 
 
 @register
 def positiononly(layout: Layout) -> Position:
-    """Attention by place alone, p_i U_q · p_j U_k / sqrt(D) for each layer, whatever the tokens hold: a control, the
-    position half of arXiv:1805.01052 without the other. Tokens without a place are attended evenly."""
-    return UntiedPositions(layout, layout.depth, content=0.0, place=1.0)
+    """Attention by position only, p_i U_q · p_j U_k / sqrt(D) for each layer: a control.
+
+    The content of tokens has no effect on the weights. This is the position half of
+    arXiv:1805.01052 without the content half. Tokens without a position are attended to uniformly.
+    """
+    return UntiedPositions(layout, layout.depth, content=0.0, position=1.0)

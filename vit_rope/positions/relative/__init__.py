@@ -1,3 +1,3 @@
-"""Relative schemes: logits gain terms of the displacement and the content of tokens."""
+"""Relative schemes: the logits gain terms of the displacement and the content of tokens."""
 
 from . import disentangled, tables

@@ -1,13 +1,11 @@
-"""Terms of content and displacement together: what a query thinks of keys that lie so far from it, and keys of queries.
+"""Relative schemes whose vectors r come from tables of displacements: learned, or made of
+sinusoids.
 
-A scheme here gives each displacement along an axis a vector r of a head's channels; attention adds q_i · r_ij to the
-logits ("q" below), k_j · r_ij ("k"), or Σ_j a_ij r_ij to the outputs ("v"), for each axis. Products are taken once for
-each row of such a table and looked up by pairs, so no N x M x D tensor is made; flash kernels have no room for them.
+The formulas below have a vector r_a[Δ_a] of a head's channels for each displacement Δ = key - query
+along an axis a, in cells of the training grid.
 
-Displacements Δ = key - query are in cells of the training grid. Those of a whole grid are taken as they are; tokens at
-coordinates of their own see theirs rounded to cells of the grid, and those beyond it as at its border.
-
-Shapes   L layers, H heads (1 if shared), D channels of a head, A axes, T displacements along an axis
+Shapes   L layers, H heads (1 if shared), D channels of a head, A axes,
+         T displacements along an axis; tables (L, H, T, D)
 """
 
 import math
@@ -20,26 +18,27 @@ from torch import Tensor, nn
 from .. import displacements
 from ..base import Layout, check_pairs
 from ..encoding import ActsOn, Encoding, RelativeTerm
-from ..grids import read
+from ..grids import interpolate
 from ..specs import register
-from .base import RelativeTerms, by_layer, clipped, sinusoids
+from .base import RelativeTerms, by_layer, clipped_rows, sinusoids
 
 
 @register
 class Shaw(RelativeTerms):
-    """q_i · (k_j + Σ_a r_a[Δ_a]) / sqrt(D), r learned for each layer and shared by heads (arXiv:1803.02155).
+    """q_i · (k_j + Σ_a r_a[Δ_a]) / sqrt(D), with learned tables r (arXiv:1803.02155).
 
-    Displacements beyond `clip` cells, the training grid's own reach unless given, count as `clip`. With values=True
-    outputs gain Σ_j a_ij w_a[Δ_a] of a second table. On images with the whole grid's reach these are BoTNet's terms
-    (arXiv:2101.11605). Raises ValueError for a clip below 1.
+    Each layer has its own r, shared by its heads. Displacements beyond `clip` cells are clipped. By
+    default this is the largest displacement of the training grid; on images the terms are then
+    those of BoTNet (arXiv:2101.11605). With values=True, Σ_j a_ij w_a[Δ_a] from a second table is
+    added to the outputs. Raises ValueError for a clip below 1.
     """
 
     def __init__(self, layout: Layout, clip: int | None = None, values: bool = False) -> None:
         super().__init__(layout)
         if clip is not None and clip < 1:
             raise ValueError(f"shaw needs a clip of at least 1 cell, got {clip}")
-        self.reach = [max(n - 1, 0) if clip is None else clip for n in layout.grid]
-        count = sum(2 * n + 1 for n in self.reach)
+        self.clip = [max(n - 1, 0) if clip is None else clip for n in layout.grid]
+        count = sum(2 * n + 1 for n in self.clip)
         self.keys = nn.Parameter(torch.empty(layout.depth, 1, count, layout.head_dim))
         self.values = nn.Parameter(torch.empty_like(self.keys)) if values else None
         self.reset_parameters()
@@ -49,18 +48,18 @@ class Shaw(RelativeTerms):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def rows(self, axis: int, line: Tensor) -> list[tuple[ActsOn, Tensor]]:
-        start = sum(2 * n + 1 for n in self.reach[:axis])
-        at = clipped(line, self.reach[axis]) + start
-        rows: list[tuple[ActsOn, Tensor]] = [("q", self.keys[:, :, at])]
-        return rows if self.values is None else [*rows, ("v", self.values[:, :, at])]
+        start = sum(2 * n + 1 for n in self.clip[:axis])
+        index = clipped_rows(line, self.clip[axis]) + start
+        rows: list[tuple[ActsOn, Tensor]] = [("q", self.keys[:, :, index])]
+        return rows if self.values is None else [*rows, ("v", self.values[:, :, index])]
 
 
 @register
 class Nezha(RelativeTerms):
-    """Shaw's terms on keys and values with fixed sinusoids of the displacement for tables (arXiv:1909.00204).
+    """The terms of Shaw on keys and values, with fixed sinusoids as tables (arXiv:1909.00204).
 
-    Each axis has an equal share of a head's channels, so that rows and columns differ. Raises ValueError for a head
-    without a pair of channels for each axis.
+    Each axis has an equal share of the channels of a head, so that rows and columns differ. Raises
+    ValueError for a head without a pair of channels for each axis, or a base of 0 or less.
     """
 
     def __init__(self, layout: Layout, base: float = 10000.0) -> None:
@@ -77,10 +76,11 @@ class Nezha(RelativeTerms):
 
 @register
 class Decomposed(RelativeTerms):
-    """q_i · Σ_a r_a[Δ_a], of queries that are not scaled: MViTv2's (arXiv:2112.01526) and SAM's (arXiv:2304.02643).
+    """q_i · Σ_a r_a[Δ_a] of unscaled queries: MViTv2 (arXiv:2112.01526) and SAM (arXiv:2304.02643).
 
-    Tables of 2s - 1 rows for each axis and layer, shared by heads, are read by linear interpolation. Both count
-    Δ = query - key: their `rel_pos_h` and `rel_pos_w` are ours flipped, one after the other.
+    The tables have 2s - 1 rows for each axis and layer, are shared by heads, and are interpolated
+    linearly. MViTv2 and SAM define Δ = query - key, so the table is their `rel_pos_h` and
+    `rel_pos_w`, each flipped, concatenated.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -94,20 +94,28 @@ class Decomposed(RelativeTerms):
     def rows(self, axis: int, line: Tensor) -> list[tuple[ActsOn, Tensor]]:
         sizes = [2 * n - 1 for n in self.layout.grid]
         table = self.table.split(sizes, dim=1)[axis].transpose(0, 1)  # (2s - 1, L, D)
-        found = read(table.flatten(1).to(line.dtype), line[:, None] + (self.layout.grid[axis] - 1))
-        found = found.unflatten(-1, table.shape[1:]).transpose(0, 1)[:, None]
-        return [("q", found * math.sqrt(self.layout.head_dim))]
+        rows = interpolate(table.flatten(1).to(line.dtype), line[:, None] + (self.layout.grid[axis] - 1))
+        rows = rows.unflatten(-1, table.shape[1:]).transpose(0, 1)[:, None]
+        return [("q", rows * math.sqrt(self.layout.head_dim))]
 
 
 @register
 class IRPE(RelativeTerms):
-    """q_i · r[bucket(Δ)] / sqrt(D) of buckets of the image (arXiv:2107.14222), learned for each layer, shared by heads.
+    """q_i · r[bucket(Δ)] / sqrt(D), r learned for each layer, shared by heads (arXiv:2107.14222).
 
-    Along an axis a bucket is round(Δ) up to α cells, then α + ln(|Δ|/α) / ln(γ/α) · (β - α), rounded and cut at β, with
-    α, β, γ = ratio · (1, 2, 8). `method` "product" has a row for each combination of the axes' buckets, "cross" adds a
-    row for each axis, "euclidean" has one for each bucket of the rounded distance, "quant" of its square. `on` "qk"
-    also adds k_j · r, and "qkv" Σ_j a_ij r to the outputs, each of a table of its own. Raises ValueError for a ratio
-    below 1.
+    Along an axis a bucket is round(Δ) up to α cells. Beyond that it is
+    α + ln(|Δ|/α) / ln(γ/α) · (β - α), rounded and limited to β, with the sign of Δ and
+    α, β, γ = ratio · (1, 2, 8).
+
+    `method` is one of:
+
+    - "product": a row for each combination of the buckets of all axes.
+    - "cross": the sum of a row for each axis.
+    - "euclidean": a row for each bucket of the distance, which is rounded.
+    - "quant": a row for each bucket of the squared distance.
+
+    `on` "k" is the formula above. "qk" also adds k_j · r to the logits, and "qkv" also adds Σ_j
+    a_ij r to the outputs, each with its own table. Raises ValueError for a ratio below 1.
     """
 
     def __init__(
@@ -121,12 +129,12 @@ class IRPE(RelativeTerms):
         if ratio < 1:
             raise ValueError(f"irpe needs a ratio of at least 1, got {ratio}")
         self.method, self.ratio = method, ratio
-        sides: dict[str, tuple[ActsOn, ...]] = {"k": ("q",), "qk": ("q", "k"), "qkv": ("q", "k", "v")}
-        self.sides = sides[on]
-        self.most = int(2 * ratio)
-        side = 2 * self.most + 1
-        rows = {"product": side**layout.axes, "cross": side * layout.axes}.get(method, self.most + 1)
-        self.table = nn.Parameter(torch.empty(len(self.sides), layout.depth, 1, rows, layout.head_dim))
+        acts_on: dict[str, tuple[ActsOn, ...]] = {"k": ("q",), "qk": ("q", "k"), "qkv": ("q", "k", "v")}
+        self.acts_on = acts_on[on]
+        self.max_bucket = int(2 * ratio)
+        count = 2 * self.max_bucket + 1
+        rows = {"product": count**layout.axes, "cross": count * layout.axes}.get(method, self.max_bucket + 1)
+        self.table = nn.Parameter(torch.empty(len(self.acts_on), layout.depth, 1, rows, layout.head_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -134,32 +142,32 @@ class IRPE(RelativeTerms):
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         lines, index = displacements.along_axes(self.layout, coords, key_coords, grid)
-        delta, at = displacements.across_axes(lines, index)
+        delta, pair_index = displacements.combine_axes(lines, index)
         terms = []
-        for row in self.buckets(delta):
-            where = displacements.look_up(row, at)
-            terms += [
-                [RelativeTerm(t, where, on) for t in table] for on, table in zip(self.sides, self.table, strict=True)
-            ]
+        for rows in self.buckets(delta):
+            pair_rows = displacements.look_up(rows, pair_index)
+            for acts_on, tables in zip(self.acts_on, self.table, strict=True):
+                terms.append([RelativeTerm(table, pair_rows, acts_on) for table in tables])
         return Encoding(term_lists=by_layer(terms))
 
     def buckets(self, delta: Tensor) -> list[Tensor]:
-        """Rows (T,) of displacements (T, A): one of each, or one for each axis."""
+        """Return lists of rows (T,) of displacements (T, A): one, or one for each axis."""
         if self.method == "euclidean":
             return [self.bucket(delta.norm(dim=-1).round())]
         if self.method == "quant":
             return [self.bucket(delta.square().sum(dim=-1))]
-        each, side, rows = self.bucket(delta) + self.most, 2 * self.most + 1, delta.new_zeros((), dtype=torch.long)
+        buckets, count = self.bucket(delta) + self.max_bucket, 2 * self.max_bucket + 1
         if self.method == "cross":
-            return [each[:, a] + a * side for a in range(each.shape[-1])]
-        for a in range(each.shape[-1]):
-            rows = rows * side + each[:, a]
+            return [buckets[:, a] + a * count for a in range(buckets.shape[-1])]
+        rows = delta.new_zeros((), dtype=torch.long)
+        for a in range(buckets.shape[-1]):
+            rows = rows * count + buckets[:, a]
         return [rows]
 
     def bucket(self, delta: Tensor) -> Tensor:
-        """Buckets from -β to β of displacements, or of distances, of any shape."""
-        near, far, end = self.ratio, 2 * self.ratio, 8 * self.ratio
-        size = delta.abs().clamp(min=near)
-        wide = near + (size / near).log() / math.log(end / near) * (far - near)
-        wide = wide.round().clamp(max=self.most) * delta.sign()
-        return torch.where(delta.abs() <= near, delta.round(), wide).long()
+        """Return the buckets, from -β to β, of displacements or distances of any shape."""
+        alpha, beta, gamma = self.ratio, 2 * self.ratio, 8 * self.ratio
+        distance = delta.abs().clamp(min=alpha)
+        wide = alpha + (distance / alpha).log() / math.log(gamma / alpha) * (beta - alpha)
+        wide = wide.round().clamp(max=self.max_bucket) * delta.sign()
+        return torch.where(delta.abs() <= alpha, delta.round(), wide).long()
