@@ -549,6 +549,23 @@ def test_average_warms_up_and_serves_validation():
     assert checkpoint["weights_in_training"]["weight"].item() == 200.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_is_float32_also_of_bfloat16_weights(dtype):
+    """An average of a weight that goes linearly from 1 to 2 over 20,000 steps is behind by 0.999 / 0.001 steps."""
+    module, trainer, ema = nn.Linear(1, 1, bias=False, dtype=dtype), Steps(), EMA(0.999)
+    nn.init.ones_(module.weight)
+    ema.on_fit_start(trainer, module)
+    for step in range(1, 20_001):
+        nn.init.constant_(module.weight, 1 + step / 20_000)
+        trainer.global_step = step
+        ema.on_train_batch_end(trainer, module, None, None, step)
+    ema.on_validation_epoch_start(trainer, module)
+    ema.on_validation_epoch_end(trainer, module)  # which rounds nothing
+    assert module.weight.item() == 2.0
+    assert ema.average["weight"].dtype == torch.float32
+    assert ema.average["weight"].item() == pytest.approx(1.950, abs=5e-4)
+
+
 def test_average_leaves_an_untrained_model_alone():
     module, ema = nn.Linear(1, 1), EMA(0.9)
     ema.on_fit_start(Steps(), module)
