@@ -31,12 +31,13 @@ class Classification(Learner):
     Logs `val/loss`, `val/acc`, `test/loss` and `test/acc`.
 
     Args:
-        model: any timm model name; a position scheme goes into `model_args`, as for `timm.create_model`
-        model_args: keyword arguments of `timm.create_model`, such as {position: "axial(base=100)", depth: 6}
+        model: any timm model name; a position scheme goes into `model_args`
+        model_args: keyword arguments of `timm.create_model`, such as
+            {position: "axial(base=100)", depth: 6}
         num_classes: number of classes; set from the data, as are `in_chans` and `img_size`
         in_chans: channels of an image
         img_size: side of an image in pixels
-        weights: a file to start from: safetensors (exported, or timm's) or a checkpoint, for fine-tuning
+        weights: file to fine-tune from: a checkpoint or safetensors (exported, or timm's)
         mixup: alpha of mixup (arXiv:1710.09412); 0 is off
         cutmix: alpha of CutMix (arXiv:1905.04899); 0 is off
         label_smoothing: fraction of the target that is spread over all classes
@@ -139,7 +140,9 @@ class Classification(Learner):
         images, labels = batch
         channels = self.model_args["in_chans"]
         if images.shape[1] != channels:
-            raise ValueError(f"{self.name} was built for images of {channels} channels, the data have {images.shape[1]}")
+            raise ValueError(
+                f"{self.name} was built for images of {channels} channels, the data have {images.shape[1]}"
+            )
         return images, labels
 
     def _score(self, batch: tuple[Tensor, Tensor], split: str) -> None:
@@ -186,10 +189,10 @@ def check_name(name: str) -> None:
 
 
 def load_weights(model: nn.Module, path: str, name: str) -> None:
-    """Load the weights of a timm model from a checkpoint (of this library or timm) or a safetensors file.
+    """Load the weights of a timm model from a checkpoint or a safetensors file.
 
-    A classifier for a different number of classes keeps its initial weights. Raises ValueError for
-    anything else that does not fit the model.
+    The checkpoint may be of this library or of timm. A classifier for a different number of classes
+    keeps its initial weights. Raises ValueError for anything else that does not fit the model.
     """
     content = read(path)
     key = next((key for key in ("state_dict_ema", "model_ema", "state_dict", "model") if key in content), None)

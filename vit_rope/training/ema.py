@@ -37,7 +37,7 @@ class EMA(Callback):
         self.trained: dict[str, Tensor] = {}  # the trained weights, while the module holds the average
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the average at the weights, or move the restored one to the device of the weights."""
+        """Start the average at the weights, or move a restored one to the device of the weights."""
         if self.decay:
             restored, self.average = self.average, _averages(pl_module)
             for name, value in restored.items():
@@ -51,11 +51,13 @@ class EMA(Callback):
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
             self.updates = trainer.global_step
             average = _local(self.average.values())
-            weights = [weight.to(mean.dtype) for weight, mean in zip(_local(pl_module.parameters()), average, strict=True)]
+            weights = [
+                weight.to(mean.dtype) for weight, mean in zip(_local(pl_module.parameters()), average, strict=True)
+            ]
             torch._foreach_lerp_(average, weights, 1 - decay)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average in place of the trained weights; before the first update it has no use."""
+        """Replace the trained weights with the average, once it has been updated."""
         if self.updates and self.average:
             self.trained = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
             _write(pl_module, self.average)
@@ -88,7 +90,8 @@ class EMA(Callback):
                     "use a different checkpoint, or leave out --ckpt_path to start from scratch"
                 )
             self.average = _averages(pl_module) if self.decay else {}
-            # a module of low precision holds a rounded average (Lightning removes state_dict with shards)
+            # a module of low precision holds a rounded average (not `state_dict`, which Lightning
+            # removes from the checkpoints of sharded models)
             precise = checkpoint.get("averaged_weights", {})
             for name, value in self.average.items():
                 if name in precise:

@@ -9,7 +9,7 @@ from ..positions.absolute.wrappers import Gate
 
 
 class Fade(Callback):
-    """Move every `gate(…)` of the model from 1 to 0 along half a cosine, while the other weights train.
+    """Move every `gate(…)` of the model from 1 to 0 along half a cosine, while it is trained.
 
     For fine-tuning a model that `ropeify(…, ape="gate")` made: its new positions take over while
     the table fades out. Raises ValueError for a model without a gate.

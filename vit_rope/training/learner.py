@@ -1,4 +1,4 @@
-"""What all training tasks share: optimizer and schedule, a check of the loss, and sharding of large models.
+"""What all training tasks share: optimizer, schedule, a check of the loss, and sharding.
 
 Shapes   B samples
 """
@@ -80,7 +80,7 @@ class Learner(LightningModule):
             self.log("train/skipped", float(skipped), sync_dist=True, reduce_fx="sum")
 
     def configure_model(self) -> None:
-        """Shard the parameters over the processes of a ModelParallelStrategy, block by block (FSDP2)."""
+        """Shard the parameters over the processes of a ModelParallelStrategy by block (FSDP2)."""
         mesh = self.device_mesh
         if mesh is None or isinstance(next(self.parameters()), DTensor):
             return
@@ -91,7 +91,7 @@ class Learner(LightningModule):
             )
         for block in blocks(self.model):
             fully_shard(block, mesh=mesh["data_parallel"])
-        # the other parameters are resharded after a forward too, so that callbacks always see shards
+        # the other parameters are resharded after a forward too: callbacks always see shards
         fully_shard(self.model, mesh=mesh["data_parallel"], reshard_after_forward=True)
 
     def configure_optimizers(self) -> Any:
@@ -141,7 +141,7 @@ class Learner(LightningModule):
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of a model, which are computed one after another: the members of its module lists."""
+    """The blocks of a model, computed one after another: the members of its module lists."""
     for child in model.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             yield from child

@@ -19,8 +19,9 @@ class OptimConfig:
     Args:
         opt: any of timm's optimizers: adamw, lamb, lion, muon, sgd, ...
         lr: highest learning rate of the schedule
-        weight_decay: for matrices; not for biases, norms and the names in the model's `no_weight_decay()`
-        layer_decay: factor from the learning rate of a layer to that of the layer below it; 1 is off
+        weight_decay: for matrices; not for biases, norms and what the model's `no_weight_decay()`
+            names
+        layer_decay: each layer has the learning rate of the next one times this; 1 is off
         extra: further options of the optimizer, such as {betas: [0.9, 0.95]}
     """
 
@@ -51,7 +52,8 @@ class ScheduleConfig:
             and then decays linearly
         warmup: length of a linear rise at the start: a fraction of the training if below 1,
             otherwise a number of steps (for runs that may be extended)
-        decay: length of the decay of wsd: a fraction of the training if below 1, otherwise a number of steps
+        decay: length of the decay of wsd: a fraction of the training if below 1, otherwise a number
+            of steps
         min_lr: learning rate at the end of the decay
     """
 
@@ -147,7 +149,9 @@ def schedule_curve(config: ScheduleConfig, total: float, floor: float = 0.0) -> 
     than the training, and for a training without an end where the schedule depends on it.
     """
     if not math.isfinite(total) and (config.name != "constant" or 0 < config.warmup < 1):
-        raise ValueError(f"schedule {config.name} needs the length of the training: set trainer.max_epochs or trainer.max_steps")
+        raise ValueError(
+            f"schedule {config.name} needs the length of the training: set trainer.max_epochs or trainer.max_steps"
+        )
     warmup = config.warmup if config.warmup >= 1 or not config.warmup else config.warmup * total
     decay = config.decay if config.decay >= 1 else config.decay * total
     decay_start = total - decay if config.name == "wsd" else warmup

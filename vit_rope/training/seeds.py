@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 
 class Reseed(Callback):
-    """Seed what is random in a step (dropout, mixup, noise) with (seed, epoch, batch, process) only.
+    """Seed what is random in a step (dropout, mixup, noise) with (seed, epoch, batch, process).
 
     A run that resumes from a checkpoint then draws the same numbers as a run that was never
     stopped, and no state of a generator is saved. It resumes with the batch that comes next.
