@@ -225,7 +225,7 @@ def refused(config: str, tmp_path: Path, *args: object, kind: type[Exception] = 
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (("--model.model", "vit_rop_tiny_patch16_224"), "timm knows no model.*did you mean vit_rope_tiny_patch16_224"),
+        (("--model.model", "vit_rop_tiny_patch16_224"), "timm has no model.*did you mean vit_rope_tiny_patch16_224"),
         (("--model.model_args.position", "axail"), "did you mean axial"),
         (("--model.model_args.in_chans", 3), "model_args give in_chans 3, but the data have 1"),
         (("--model.optim.opt", "adamv"), "unknown optimizer 'adamv'; did you mean adam"),
@@ -233,7 +233,7 @@ def refused(config: str, tmp_path: Path, *args: object, kind: type[Exception] = 
         (("--model.optim.layer_decay", 2), "0 < layer_decay <= 1"),
         (("--model.schedule.warmup", -1), "warmup, decay and min_lr >= 0"),
         (("--model.schedule.warmup", 100), "warms up for 100 steps, but the training has only 8"),
-        (("--trainer.max_epochs", -1), "schedule cosine needs to know the end"),
+        (("--trainer.max_epochs", -1), "schedule cosine needs the length of the training"),
         (("--model.label_smoothing", 1), "label_smoothing < 1"),
         (("--model.loss", "binary", "--model.label_smoothing", 0.1), "label_smoothing must be 0"),
         (("--ema.decay", 1), "ema.decay must be at least 0"),
@@ -273,10 +273,10 @@ def test_unknown_key_in_a_file(tmp_path, capsys):
 @pytest.mark.parametrize("door", [main, vit_rope_cli.main])
 def test_our_errors_reach_the_terminal_as_one_line(config, monkeypatch, door):
     monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", config, "--model.model", "nonsense"])
-    with pytest.raises(SystemExit, match=r"^error: timm knows no model 'nonsense'") as caught:
+    with pytest.raises(SystemExit, match=r"^error: timm has no model 'nonsense'") as caught:
         door()
     assert "\n" not in str(caught.value.code)
-    with pytest.raises(ValueError, match="timm knows no model 'nonsense'"):
+    with pytest.raises(ValueError, match="timm has no model 'nonsense'"):
         door(sys.argv[1:])
 
 
@@ -411,7 +411,7 @@ def tiny(**options) -> Classification:
 def test_wrong_channels_and_too_few_classes():
     with pytest.raises(ValueError, match="built for images of 1 channels, the data have 3"):
         tiny().validation_step((torch.zeros(2, 3, 8, 8), torch.zeros(2).long()), 0)
-    with pytest.raises(ValueError, match="at least 2 classes to tell apart, the data have 1"):
+    with pytest.raises(ValueError, match="at least 2 classes, the data have 1"):
         Classification("vit_rope_tiny_patch16_224", SIZES, num_classes=1, in_chans=1, img_size=8, mixup=0.5)
     with pytest.raises(ValueError, match="mixup >= 0"):
         tiny(mixup=-0.5)

@@ -197,7 +197,7 @@ def scores(
 
 
 def _image_scores(samples: Tensor, real: Tensor) -> dict[str, float]:
-    """`copy_error` of pairs and `parts` of grey images, for samples and real images (n, C, H, W)."""
+    """`copy_error` of pairs, and `parts` of grey images, both of shape (n, C, H, W)."""
     scores: dict[str, float] = {}
     if samples.shape[3] == 2 * samples.shape[2]:
         scores |= {"copy_error": copy_error(samples), "copy_error_real": copy_error(real)}
