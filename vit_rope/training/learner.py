@@ -73,7 +73,7 @@ class Learner(LightningModule):
             self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_epoch_end(self) -> None:
-        """Log how many damaged images the data set has skipped, if it counts them."""
+        """Log how many damaged images were skipped, if the data set counts them."""
         dataset = getattr(self.trainer.train_dataloader, "dataset", None)
         skipped = getattr(getattr(dataset, "dataset", dataset), "skipped", None)
         if skipped is not None:
@@ -101,7 +101,7 @@ class Learner(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As `nn.Module`'s, but where strict, the error for weights that do not fit is one line."""
+        """As in `nn.Module`, but if `strict`, the error for weights that do not fit is one line."""
         if strict:
             check_fit(self, state_dict, self.name)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -70,7 +70,9 @@ class ScheduleConfig:
 class Schedule(LambdaLR):
     """A LambdaLR that keeps the learning rates of this run's configuration when it is resumed.
 
-    A checkpoint restores the step only, so that a resumed run can have a new learning rate.
+    A checkpoint restores the step only, so that a resumed run can have a new learning rate. By hand
+    because timm's schedulers are not torch's `LRScheduler`, which Lightning steps and saves, and
+    torch's have no length as a fraction of the training.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -9,8 +9,7 @@ images: fewer images give a larger distance. The distance of as many real images
 is the floor. With `--judge inception` the features are those of the FID of papers, for users who
 have a file with the weights of that network.
 
-torchmetrics computes the distance. The loop over batches is written by hand because
-`FrechetInceptionDistance` has to be reset for each set of images, but keep its real features.
+torchmetrics computes the distance.
 
 Shapes   B images (n in a set), C channels, (H, W) height and width, F features of an image
 """
