@@ -46,7 +46,7 @@ class EMA(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the average after an optimizer step (accumulated batches do not all end in one)."""
+        """Update the average after an optimizer step, with which not every batch ends."""
         if self.decay and trainer.global_step > self.updates:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
             self.updates = trainer.global_step

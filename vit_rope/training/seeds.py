@@ -19,8 +19,8 @@ class Reseed(Callback):
     """Seed what is random in a step (dropout, mixup, noise) with (seed, epoch, batch, process).
 
     A run that resumes from a checkpoint then draws the same numbers as a run that was never
-    stopped, and no state of a generator is saved. It resumes with the batch that comes next. By hand
-    because Lightning's `seed_everything` seeds only the start of a run.
+    stopped, and no state of a generator is saved. It resumes with the batch that comes next. By
+    hand because Lightning's `seed_everything` seeds only the start of a run.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
