@@ -15,7 +15,7 @@ from vit_rope.positions.encoding import RelativeTerm, Transform
 
 COORDS = grid((2, 3)).double()
 ROTARY = build("mixed", Layout(width=16, heads=2, grid=(2, 3), depth=3))(COORDS, prefix=1)
-FIXED = ROTARY._replace(q=Transform(turn=[turn.detach() for turn in ROTARY.q.turn]))
+FIXED = ROTARY._replace(q=Transform(rotation=[turn.detach() for turn in ROTARY.q.rotation]))
 
 
 def qkv(tokens=7, dtype=torch.float64):
@@ -25,7 +25,7 @@ def qkv(tokens=7, dtype=torch.float64):
 
 def biased(layers=3, heads=2):
     bias = torch.randn(layers, 1, heads, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return FIXED._replace(bias=list(bias))
+    return FIXED._replace(biases=list(bias))
 
 
 CLOSED = torch.rand(7, 7, generator=torch.Generator().manual_seed(2)) < 0.3
@@ -50,16 +50,16 @@ def test_attend_is_the_loop(fused, encoding, masking):
         for b in range(2):
             for h in range(2):
                 rows = [q[b, h], k[b, h]]
-                if encoding.q.turn:
-                    turn = encoding.q.turn[layer % 3][0, :, h]
+                if encoding.q.rotation:
+                    turn = encoding.q.rotation[layer % 3][0, :, h]
                     angle = torch.cat((torch.zeros(1, 4), torch.atan2(turn[..., 1], turn[..., 0])))
                     rows = [
                         torch.stack([oracles.rotation_matrix([1.0], angle[n][None]) @ x[n] for n in range(7)])
                         for x in rows
                     ]
                 bias = None
-                if encoding.bias:
-                    bias = encoding.bias[layer % len(encoding.bias)]
+                if encoding.biases:
+                    bias = encoding.biases[layer % len(encoding.biases)]
                     bias = bias[0, h % bias.shape[1]]
                 want = oracles.attention(*rows, v[b, h], bias, closed)
                 torch.testing.assert_close(out[b, h], want, rtol=0, atol=1e-9)
@@ -120,21 +120,21 @@ def test_dropout_drops():
         (
             lambda: attend(*qkv(8), ROTARY),
             "the encoding places 7 tokens, but there are 8 queries; "
-            "give position(coords, prefix=…) the number of tokens that have no place",
+            "give position(coords, prefix=…) the number of tokens that have no position",
         ),
         (lambda: attend(qkv()[0], *qkv(8)[1:], ROTARY), "the encoding places 7 tokens, but there are 8 keys"),
         (
-            lambda: attend(*qkv(8), Encoding(bias=[torch.zeros(1, 1, 7, 7)])),
+            lambda: attend(*qkv(8), Encoding(biases=[torch.zeros(1, 1, 7, 7)])),
             "places 7 tokens, but there are 8 queries",
         ),
         (lambda: attend(*qkv(), ROTARY, mask=~CLOSED, causal=True), "attend takes a mask or causal=True, not both"),
         (
-            lambda: attend(*qkv(), Encoding(bias=[torch.zeros(1, 1, 7, 8)])),
+            lambda: attend(*qkv(), Encoding(biases=[torch.zeros(1, 1, 7, 8)])),
             "places 8 tokens, but there are 7 keys",
         ),
         (
             lambda: attend(
-                *qkv(), Encoding(terms=[[RelativeTerm(torch.ones(1, 1, 8), torch.zeros(1, 7, 6).long(), "v")]])
+                *qkv(), Encoding(term_lists=[[RelativeTerm(torch.ones(1, 1, 8), torch.zeros(1, 7, 6).long(), "v")]])
             ),
             "places 6 tokens, but there are 7 keys",
         ),

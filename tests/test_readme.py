@@ -47,7 +47,7 @@ def test_the_contributed_scheme_runs():
     try:
         exec(blocks((ROOT / "CONTRIBUTING.md").read_text(), "python")[0], {"__name__": "spiral"})
         layout = Layout(width=64, heads=2, grid=(4, 4))
-        assert build("spiral(base=20) + learned", layout)(layout.coords()).q.turn[0].shape == (1, 16, 1, 16, 2)
+        assert build("spiral(base=20) + learned", layout)(layout.coords()).q.rotation[0].shape == (1, 16, 1, 16, 2)
     finally:
         specs._SCHEMES.pop(name, None)
 

@@ -174,7 +174,7 @@ class Distances(Position):
 
     def encode(self, coords, key_coords, grid):
         keys = coords if key_coords is None else key_coords
-        return Encoding(bias=[self.function(keys[None] - coords[:, None])[None, None]])
+        return Encoding(biases=[self.function(keys[None] - coords[:, None])[None, None]])
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ class Tables(Position):
         vectors = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
         clipped = (torch.arange(27) - 13).clamp(-4, 4) + 4
         table = (vectors[0, clipped][:, None] + vectors[1, clipped][None]).flatten(0, 1)[None]
-        return Encoding(terms=[[RelativeTerm(table, index[None], "q")]])
+        return Encoding(term_lists=[[RelativeTerm(table, index[None], "q")]])
 
 
 def test_distinct_rows_of_tables():

@@ -10,7 +10,6 @@ from vit_rope.attention import attend
 from vit_rope.ops.rotate import rotate
 from vit_rope.ops.tables import angles
 from vit_rope.positions import Layout, build
-from vit_rope.positions.encoding import tables
 from vit_rope.positions.presets import presets
 
 SHAPE, HEADS, HEAD = (5, 7), 2, 64
@@ -102,7 +101,7 @@ def test_tables_are_those_of_the_formula(name, shape):
     scheme, layout = position(name, shape)
     encoding = scheme(layout.coords(shape), grid=list(shape))
     want = formula(shape)
-    turn = tables(encoding.q)[0][0].detach().double()
+    turn = encoding.q.tables()[0][0].detach().double()
     assert encoding.stride == stride
     assert turn.shape[-2] == want.shape[-1]  # the rest of the head stays
     close = 1e-6 + float(want.abs().max()) * 2**-23  # an angle in float32 is known no better
@@ -112,7 +111,7 @@ def test_tables_are_those_of_the_formula(name, shape):
 
 def test_lieres_coordinates_grow_with_the_grid():
     scheme, layout = position("liere_visionllama", train=(5, 7))
-    turn = tables(scheme(layout.coords((10, 7)), grid=[10, 7]).q)[0][0, :, 0]
+    turn = scheme(layout.coords((10, 7)), grid=[10, 7]).q.tables()[0][0, :, 0]
     places = torch.cartesian_prod(torch.linspace(0, 2, 10, dtype=F64), torch.linspace(0, 1, 7, dtype=F64))
     speeds = torch.linspace(0, -4, 16, dtype=F64).exp()
     want = along(places, speeds, speeds)[:, 0]
@@ -178,10 +177,10 @@ def test_ltx_turns_the_width_of_all_heads():
     cos, sin = (t[0, :, ::2] for t in rope(torch.zeros(1), video_coords=coords.T[None]))
     scheme, _ = position("ltx", (3, 4, 5))
     places = coords / torch.tensor([20.0, 2048.0, 2048.0]) * 2 - 1
-    theta = angles(scheme.initial, places)[0, 0].flatten(-2)
+    theta = angles(scheme.frequencies(places), places)[0, 0].flatten(-2)
     assert torch.equal(theta.cos(), cos)
     assert torch.equal(theta.sin(), sin)
-    turn = tables(scheme(places).q)[0][0].flatten(1, 2)
+    turn = scheme(places).q.tables()[0][0].flatten(1, 2)
     torch.testing.assert_close(turn[..., 0], cos, rtol=0, atol=2e-7)
     assert (turn[:, 0] == torch.tensor([1.0, 0.0])).all()
     assert (turn[:, HEAD // 2] != torch.tensor([1.0, 0.0])).any()
@@ -204,9 +203,9 @@ def test_rotary_embedding_torch(name, options):
     want = theirs.apply_rotary_emb(freqs, q.unflatten(2, SHAPE)).flatten(2, 3)
     scheme, layout = position(name)
     encoding = scheme(layout.coords(), grid=list(SHAPE))
-    torch.testing.assert_close(rotate(q, tables(encoding.q)[0], encoding.stride), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rotate(q, encoding.q.tables()[0], encoding.stride), want, rtol=0, atol=1e-5)
     if name == "rotary_embedding_torch":
-        theta = angles(scheme.initial, layout.coords())[0, 0, :, 0]
+        theta = angles(scheme.frequencies(layout.coords()), layout.coords())[0, 0, :, 0]
         assert torch.equal(theta, freqs.flatten(0, 1)[:, ::2])
 
 
@@ -218,7 +217,7 @@ def test_vit_pytorchs_axial_tables():
         "vit_5": [t[0, 0, 4:] for t in vit_5.AxialRotaryEmbedding(HEAD)(torch.zeros(1, 53, HEAD))[::-1]],
     }.items():
         scheme, layout = position(name, (7, 7))
-        turn = tables(scheme(layout.coords(), grid=[7, 7]).q)[0][0, :, 0]
+        turn = scheme(layout.coords(), grid=[7, 7]).q.tables()[0][0, :, 0]
         torch.testing.assert_close(turn[..., 0], want_cos[:, ::2], rtol=0, atol=2e-6)
         torch.testing.assert_close(turn[..., 1], want_sin[:, ::2], rtol=0, atol=2e-6)
 
@@ -226,10 +225,10 @@ def test_vit_pytorchs_axial_tables():
 def test_vit_pytorchs_golden_gate():
     theirs = pytest.importorskip("vit_pytorch.vit_nd_rotary").GoldenGateRoPENd(2, HEADS, HEAD)
     scheme, layout = position("golden_gate")
-    torch.testing.assert_close(scheme.initial[0].mT, theirs.freqs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(scheme.frequencies(layout.coords())[0].mT, theirs.freqs, rtol=1e-6, atol=1e-6)
     q, places = torch.randn(1, HEADS, 35, HEAD), layout.coords() / 100  # or angles would be 10^5
     encoding = scheme(places)
-    turned = rotate(q, tables(encoding.q)[0], encoding.stride)
+    turned = rotate(q, encoding.q.tables()[0], encoding.stride)
     torch.testing.assert_close(turned, theirs(q, places[None]), rtol=0, atol=5e-4)
 
 
@@ -242,5 +241,5 @@ def test_k_diffusions_learned_speeds():
         scheme.speeds.copy_(torch.cat((rope.freqs_h, rope.freqs_w), dim=-1).exp())
         q, pos = torch.randn(1, HEADS, 35, HEAD), theirs.make_axial_pos(*SHAPE)
         torch.testing.assert_close(layout.coords(), pos, rtol=0, atol=1e-6)
-        turned = rotate(q, tables(scheme(pos).q)[0])
+        turned = rotate(q, scheme(pos).q.tables()[0])
         torch.testing.assert_close(turned, rope(q, pos), rtol=0, atol=1e-5)

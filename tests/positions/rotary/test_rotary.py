@@ -24,7 +24,7 @@ from vit_rope.positions.rotary import base
 def turned(position, coords, x):
     """x (N, D) as attention rotates a query of layer 0, head 0."""
     encoding = position(coords)
-    return rotate(x[None, None], encoding.q.turn[0], encoding.stride)[0, 0]
+    return rotate(x[None, None], encoding.q.rotation[0], encoding.stride)[0, 0]
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -50,7 +50,7 @@ def test_mixed_is_the_matrix_exponential_of_its_frequencies(axes):
     encoding = position(coords)
     x = torch.randn(2, 7, 24, dtype=torch.float64)
     for layer in range(2):
-        out = rotate(x[None], encoding.q.turn[layer])[0]
+        out = rotate(x[None], encoding.q.rotation[layer])[0]
         for head in range(2):
             want = oracles.rotate(x[head], coords, position.freqs[layer, head].detach())
             torch.testing.assert_close(out[head].detach(), want, rtol=0, atol=2e-6)
@@ -102,7 +102,7 @@ def test_axial_rotates_as_timm_eva02(shape):
     q = torch.randn(2, 4, math.prod(shape), 32)
     table = RotaryEmbeddingCat(32, in_pixels=False, temperature=100.0).get_embed(list(shape))
     encoding = build("axial(base=100)", Layout(width=128, heads=4, grid=shape))(grid(shape))
-    torch.testing.assert_close(rotate(q, encoding.q.turn[0]), apply_rot_embed_cat(q, table), rtol=0, atol=2e-6)
+    torch.testing.assert_close(rotate(q, encoding.q.rotation[0]), apply_rot_embed_cat(q, table), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (6, 9)])
@@ -115,7 +115,7 @@ def test_mixed_rotates_as_timm_with_the_same_frequencies(shape):
     q = torch.randn(2, 4, math.prod(shape), 32)
     for layer in range(3):
         want = apply_rot_embed_cat(q, table[layer])
-        torch.testing.assert_close(rotate(q, encoding.q.turn[layer]), want, rtol=0, atol=2e-5)
+        torch.testing.assert_close(rotate(q, encoding.q.rotation[layer]), want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_centered_units_make_the_tables_of_dinov3(unit, name):
     layout = Layout(width=128, heads=4, grid=shape, unit=unit)
     encoding = build(f'axial(base=100, pairs="half", fastest={2 * math.pi})', layout)(layout.coords())
     sin, cos = theirs.chunk(2, dim=-1)
-    torch.testing.assert_close(encoding.q.turn[0][0, :, 0, :, 0].repeat(1, 2), cos, rtol=0, atol=5e-6)
-    torch.testing.assert_close(encoding.q.turn[0][0, :, 0, :, 1].repeat(1, 2), sin, rtol=0, atol=5e-6)
+    torch.testing.assert_close(encoding.q.rotation[0][0, :, 0, :, 0].repeat(1, 2), cos, rtol=0, atol=5e-6)
+    torch.testing.assert_close(encoding.q.rotation[0][0, :, 0, :, 1].repeat(1, 2), sin, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("channels", [(16, 16), (8, 12, 12), (4, 4, 4, 20)])
@@ -142,7 +142,7 @@ def test_unequal_shares_rotate_as_flux(channels):
     want = embeddings.apply_rotary_emb(q, flux.FluxPosEmbed(10000, list(channels))(coords))
     layout = Layout(width=96, heads=3, grid=(2,) * len(channels))
     encoding = build(f"axial(base=10000, share={channels})", layout)(coords)
-    torch.testing.assert_close(rotate(q, encoding.q.turn[0]), want, rtol=0, atol=5e-6)
+    torch.testing.assert_close(rotate(q, encoding.q.rotation[0]), want, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("shape", [(9,), (4, 6), (2, 3, 4)])
@@ -153,7 +153,7 @@ def test_axial_rotates_as_rotary_embedding_torch(shape):
     want = package.apply_rotary_emb(table.flatten(0, -2), q)
     layout = Layout(width=96, heads=3, grid=shape)
     encoding = build(f"axial(base=100, share={(8,) * len(shape)})", layout)(grid(shape))
-    torch.testing.assert_close(rotate(q, encoding.q.turn[0]), want, rtol=0, atol=2e-6)
+    torch.testing.assert_close(rotate(q, encoding.q.rotation[0]), want, rtol=0, atol=2e-6)
 
 
 def test_one_axis_rotates_as_gpt_j_and_gpt_neox():
@@ -166,7 +166,7 @@ def test_one_axis_rotates_as_gpt_j_and_gpt_neox():
     wanted["half"] = neox.apply_rotary_pos_emb(q, q, cos, sin)[0]
     for pairs, want in wanted.items():
         encoding = build(f'axial(base=10000, pairs="{pairs}")', layout)(grid((9,)))
-        torch.testing.assert_close(rotate(q, encoding.q.turn[0], encoding.stride), want, rtol=0, atol=2e-6)
+        torch.testing.assert_close(rotate(q, encoding.q.rotation[0], encoding.stride), want, rtol=0, atol=2e-6)
 
 
 def test_flat_counts_cells_of_the_grid_the_tokens_come_from():
@@ -174,13 +174,13 @@ def test_flat_counts_cells_of_the_grid_the_tokens_come_from():
     one = build("axial(base=10)", Layout(width=16, heads=2, grid=(20,)))
     for shape in ((3, 4), (2, 7)):
         torch.testing.assert_close(
-            position(grid(shape), grid=list(shape)).q.turn[0],
-            one(grid((math.prod(shape),))).q.turn[0],
+            position(grid(shape), grid=list(shape)).q.rotation[0],
+            one(grid((math.prod(shape),))).q.rotation[0],
             rtol=0,
             atol=1e-6,
         )
-    wrap = position(torch.tensor([[0.0, 3.0], [1.0, 0.0]])).q.turn[0]  # the pair that only looks adjacent
-    near = position(torch.tensor([[0.0, 0.0], [0.0, 1.0]])).q.turn[0]
+    wrap = position(torch.tensor([[0.0, 3.0], [1.0, 0.0]])).q.rotation[0]  # the pair that only looks adjacent
+    near = position(torch.tensor([[0.0, 0.0], [0.0, 1.0]])).q.rotation[0]
     cosine = [(turn[:, 0] * turn[:, 1]).sum(-1) for turn in (wrap, near)]
     torch.testing.assert_close(cosine[0], cosine[1], rtol=0, atol=1e-5)
 
@@ -227,8 +227,8 @@ def test_low_precision_costs_no_more_than_rounding_the_result():
     layout = Layout(width=64, heads=1, grid=(2048,))
     position, coords = build("axial(base=10000)", layout), grid((2048,))
     x = torch.randn(1, 1, 2048, 64)
-    want = rotate(x.bfloat16().double(), position(coords.double()).q.turn[0])
-    got = rotate(x.bfloat16(), position.bfloat16()(coords).q.turn[0])
+    want = rotate(x.bfloat16().double(), position(coords.double()).q.rotation[0])
+    got = rotate(x.bfloat16(), position.bfloat16()(coords).q.rotation[0])
     error = (got.double() - want).abs().max()
     assert error <= want.abs().max() * 2**-8
 
@@ -238,7 +238,7 @@ def test_strided_and_offset_queries_rotate_like_contiguous_ones():
     wide = torch.randn(2, 9, 2, 21)
     for x in (wide[..., 1:17].transpose(1, 2), wide[..., ::1][..., 5:21].transpose(1, 2)):
         torch.testing.assert_close(
-            rotate(x, encoding.q.turn[0]), rotate(x.contiguous(), encoding.q.turn[0]), rtol=0, atol=0
+            rotate(x, encoding.q.rotation[0]), rotate(x.contiguous(), encoding.q.rotation[0]), rtol=0, atol=0
         )
 
 
@@ -255,7 +255,7 @@ def test_two_learned_steps_need_no_retained_graph():
     optimizer = torch.optim.SGD(position.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        position(coords).q.turn[0].square().sum().add(position(coords).q.turn[0].sum()).backward()
+        position(coords).q.rotation[0].square().sum().add(position(coords).q.rotation[0].sum()).backward()
         optimizer.step()
 
 
@@ -270,7 +270,7 @@ def test_tables_too_large_at_once_are_made_layer_by_layer(spec, monkeypatch):
         monkeypatch.setattr(base, "TABLES", room)
         encoding = position(coords, prefix=1, grid=[3, 4])
         if "axial" not in spec:  # a sum of rotations needs both tables
-            assert (encoding.q.angles is None) == (room > 0)
+            assert (encoding.q.deferred is None) == (room > 0)
         position.zero_grad()
         out = [attend(q, k, v, encoding, layer) for layer in range(3)]
         packed = [attend_qkv(torch.stack((q, k, v), 3).permute(0, 2, 3, 1, 4).flatten(2), 2, encoding, 1)]
@@ -304,4 +304,4 @@ def test_bad_frequencies(freqs, message):
 def test_a_table_too_wide_for_the_head():
     encoding = build("axial", Layout(width=32, heads=1, grid=(3, 3)))(grid((3, 3)))
     with pytest.raises(ValueError, match="a rotation of 16 pairs needs heads of 32 channels or more, got 8"):
-        rotate(torch.randn(1, 1, 9, 8), encoding.q.turn[0])
+        rotate(torch.randn(1, 1, 9, 8), encoding.q.rotation[0])

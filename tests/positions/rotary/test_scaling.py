@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from vit_rope.attention import attend
 from vit_rope.positions import Layout, build
 from vit_rope.positions.rotary.scaling import ranks
 from vit_rope.unet.maps import map_layout
@@ -115,7 +116,7 @@ def test_interpolation_is_a_smaller_grid():
     there = build("interpolate(mixed, factor=(2, 3))", LAYOUT)(coords)
     torch.manual_seed(0)
     here = build("mixed", LAYOUT)(coords / torch.tensor([2.0, 3.0]))
-    for ours, theirs in zip(there.q.turn, here.q.turn, strict=True):
+    for ours, theirs in zip(there.q.rotation, here.q.rotation, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -152,16 +153,17 @@ def test_trained_weights_load_under_the_same_names_and_get_gradients(name):
     coords = LAYOUT.coords([20, 12])
     ratio = scaled.parts[1].frequencies(coords, [20, 12]) / trained.parts[1].freqs
     assert 0.4 < ratio.min() < 0.95
-    scaled(coords, grid=[20, 12]).q.turn[1].sum().backward()
+    scaled(coords, grid=[20, 12]).q.rotation[1].sum().backward()
     assert scaled.parts[1].freqs.grad[1].abs().min() > 0
 
 
 def test_sums_keep_their_other_parts():
     both, one = build("yarn(sincos + flat + axial)", LAYOUT), build("sincos + flat + yarn(axial)", LAYOUT)
-    assert [type(part).__name__ for part in both.parts] == ["SinCos", "Flat", "Scaled"]
+    assert [type(part).__name__ for part in both.parts] == ["SinCos", "Flat", "Rotary"]
+    assert [len(getattr(part, "changes", ())) for part in both.parts] == [0, 0, 1]
     x = torch.randn(1, 140, 128)
     torch.testing.assert_close(both.embed(x, LAYOUT.coords()), one.embed(x, LAYOUT.coords()))
-    torch.testing.assert_close(both(LAYOUT.coords()).q.turn, one(LAYOUT.coords()).q.turn)
+    torch.testing.assert_close(both(LAYOUT.coords()).q.rotation, one(LAYOUT.coords()).q.rotation)
 
 
 @pytest.mark.parametrize("name", ["interpolate", "ntk", "yarn"])
@@ -175,8 +177,8 @@ def test_modifiers_reach_what_other_modifiers_hold(name, scheme):
     got, want = (getattr(p, "scheme", p).frequencies(coords) for p in (outside, inside))
     if name == "yarn" and hasattr(outside, "scheme"):
         half = Layout(width=128, heads=2, grid=(7, 5))
-        reach = [14 * 10 / 13, 10 * 10 / 9] if "normalize" in scheme else half.grid
-        assert outside.scheme.reach == pytest.approx(reach)
+        extent = [14 * 10 / 13, 10 * 10 / 9] if "normalize" in scheme else half.grid
+        assert outside.scheme.changes[-1].extent == pytest.approx(extent)
         if "reference" in scheme:
             want = build(f"yarn({inner}, factor=3)", half).frequencies(coords)
             torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
@@ -190,7 +192,7 @@ def test_ntk_over_a_reference_is_a_larger_base():
     turn = build("ntk(reference(xy(axial(base=100)), grid=(16, 16)), factor=2)", LAYOUT)
     base = 100 * 2 ** (16 / 15)
     want = build(f"reference(xy(axial(base={base})), grid=(16, 16))", LAYOUT)
-    got, want = (scheme(LAYOUT.coords([9, 5]), grid=[9, 5]).q.turn[0] for scheme in (turn, want))
+    got, want = (scheme(LAYOUT.coords([9, 5]), grid=[9, 5]).q.rotation[0] for scheme in (turn, want))
     torch.testing.assert_close(got, want, rtol=0, atol=5e-6)
 
 
@@ -198,10 +200,10 @@ def test_ntk_over_a_reference_is_a_larger_base():
 def test_exact_schemes_scale_as_the_frequencies_that_they_are(scheme):
     layout = Layout(128, 2, (14, 10), unit="centered")
     plain, scaled = build(scheme, layout), build(f"ntk({scheme}, factor=4)", layout)
-    ratio = (scaled.frequencies(layout.coords()) / plain.initial)[0, 0]
+    ratio = (scaled.frequencies(layout.coords()) / plain.frequencies(layout.coords()))[0, 0]
     assert ratio[0, ratio[0].isfinite()].aminmax() == (pytest.approx(0.25), pytest.approx(1))
-    same = build(f"interpolate({scheme}, factor=1)", layout)(layout.coords()).q.turn[0]
-    torch.testing.assert_close(same, plain(layout.coords()).q.turn[0], rtol=0, atol=2e-6)
+    same = build(f"interpolate({scheme}, factor=1)", layout)(layout.coords()).q.rotation[0]
+    torch.testing.assert_close(same, plain(layout.coords()).q.rotation[0], rtol=0, atol=2e-6)
 
 
 def test_a_reference_keeps_the_names_of_its_weights():
@@ -209,33 +211,101 @@ def test_a_reference_keeps_the_names_of_its_weights():
     assert {f"parts.0.{key}" for key in trained.state_dict()} <= set(scaled.state_dict())
 
 
+# every rotary scheme whose frequencies are learned, or which does more than rotate queries and keys
+INSIDE = ["axial(learned=True)", "string", "comrope_ap(block=4)", "comrope_ld(block=4)", "valuerope", "pope", "mixed"]
+INSIDE += ["axial", "splitaxial", "sumcoords", "dinov3", 'axial(pairs="half")']
+
+
+def made(spec):
+    """A scheme with parameters from one seed, and its attention as a function of coordinates."""
+    torch.manual_seed(0)
+    layout = Layout(width=64, heads=2, grid=(6, 5), depth=2)
+    scheme = build(spec, layout)
+    torch.manual_seed(1)
+    for parameter in scheme.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    q, k, v = torch.randn(3, 1, 2, 30, 32, dtype=torch.float64)
+    return scheme, lambda coords, grid=None: attend(q, k, v, scheme(coords.double(), grid=grid), 1)
+
+
+@pytest.mark.parametrize("inner", INSIDE)
+def test_modifiers_change_coordinates_or_speeds_of_every_rotary_scheme(inner):
+    coords = Layout(width=64, heads=2, grid=(6, 5)).coords() * torch.tensor([1.0, 1.7]) - 2
+    plain = made(inner)[1]
+    factor = torch.tensor([2.0, 3.0])
+    for spec, want in {
+        f"interpolate({inner}, factor=(2, 3))": plain(coords / factor),
+        f"interpolate(interpolate({inner}, factor=(1, 3)), factor=(2, 1))": plain(coords / factor),
+        f"ntk({inner}, factor=1)": plain(coords),
+        f"yarn({inner}, factor=1)": plain(coords),
+        f"dynamic({inner})": plain(coords),
+        f"xy({inner})": plain(coords.flip(-1)),
+        f"xy(interpolate({inner}, factor=(2, 3)))": plain((coords / factor).flip(-1)),
+        f"interpolate(xy({inner}), factor=(2, 3))": plain((coords / factor).flip(-1)),
+    }.items():
+        torch.testing.assert_close(
+            made(spec)[1](coords), want, rtol=0, atol=2e-5, msg=lambda text, s=spec: f"{s}: {text}"
+        )
+    assert (plain(coords / factor) - plain(coords)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("inner", INSIDE)
+@pytest.mark.parametrize("name", ["interpolate", "ntk", "yarn", "dynamic", "xy", "spectrum"])
+def test_modified_schemes_learn_the_same_parameters_and_stay_relative(name, inner):
+    if (name, inner) == ("spectrum", "dinov3"):
+        pytest.skip("dinov3 computes its own speeds")
+    scheme, run = made(f"{name}({inner})")
+    plain = made(inner)[0]
+    assert {key: value.shape for key, value in scheme.state_dict().items()} == {
+        key: value.shape for key, value in plain.state_dict().items()
+    }
+    coords = Layout(width=64, heads=2, grid=(12, 10)).coords()[:30]
+    near, far = (run(coords + shift, [12, 10] if name == "dynamic" else None) for shift in (0.0, 1.5))
+    torch.testing.assert_close(near, far, rtol=0, atol=5e-4)
+    run(coords.requires_grad_()).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in scheme.parameters())
+    assert repr(scheme)
+
+
+@pytest.mark.parametrize("inner", ["axial(learned=True)", "string", "valuerope", "pope", "axial", "dinov3"])
+def test_axes_alternate_in_every_scheme_that_has_a_block_of_pairs_for_each(inner):
+    scheme, plain = made(f"alternate({inner})")[0], made(inner)[0]
+    got, want = (each.frequencies(torch.zeros(1, 2)).detach() for each in (scheme, plain))
+    half = want.shape[-1] // 2
+    assert torch.equal(got[..., 0::2], want[..., :half])
+    assert torch.equal(got[..., 1::2], want[..., half:])
+
+
+def test_the_temperature_of_yarn_is_applied_once_to_a_sum():
+    one, both = (build(f"yarn({inner}, factor=4)", LAYOUT) for inner in ("axial", "axial + mixed"))
+    coords = LAYOUT.coords()
+    assert both(coords).scale == one(coords).scale == pytest.approx((0.1 * math.log(4) + 1) ** 2)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         (
             "dynamic(reference(axial))",
-            "dynamic goes by how far a grid reaches, but reference makes all reach alike",
+            "dynamic depends on how far a grid extends, but reference makes all grids extend equally",
         ),
         (
             "reference(dynamic(axial))",
-            "dynamic goes by how far a grid reaches, but reference makes all reach alike",
+            "dynamic depends on how far a grid extends, but reference makes all grids extend equally",
         ),
         (
             "ntk(reference(learned))",
-            "ntk modifies schemes that rotate along the axes, such as axial or mixed, not Learned",
+            "ntk modifies rotary schemes with frequencies for each axis, such as ntk.axial., not Learned",
         ),
-        ("yarn(learned)", "yarn modifies schemes that rotate along the axes, such as axial or mixed, not Learned"),
-        ("ntk(flat + sincos)", "such as axial or mixed, not Flat . SinCos"),
         (
-            "interpolate(axial(learned=True))",
-            r"'interpolate\(axial\(learned=True\)\)': interpolate modifies schemes that",
+            "yarn(learned)",
+            "yarn modifies rotary schemes with frequencies for each axis, such as yarn.axial., not Learned",
         ),
-        ("ntk(comrope_ld)", "ntk modifies schemes that rotate along the axes, such as axial or mixed, not ComRoPELD"),
-        ("ntk(ntk(axial))", "such as axial or mixed, not Scaled"),
+        ("ntk(flat + sincos)", "such as ntk.axial., not Flat . SinCos"),
         ("ntk", r"ntk modifies 1 scheme\(s\) \(scheme\), got 0"),
         ("interpolate(axial, factor=0)", "factor is a positive number, or one for each of 2 axes, got 0"),
         ("dynamic(axial, factor=(1, 2, 3))", r"one for each of 2 axes, got \(1, 2, 3\)"),
-        ("yarn(axial, slow=3)", "yarn wants 0 <= slow < fast and temperature >= 0, got 3, 2.0 and 0.1"),
+        ("yarn(axial, slow=3)", "yarn needs 0 <= slow < fast and temperature >= 0, got 3, 2.0 and 0.1"),
         ("yarn(axial, temperature=-1)", "got 0.5, 2.0 and -1"),
     ],
 )

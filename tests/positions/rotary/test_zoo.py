@@ -48,7 +48,9 @@ def _placed(x, side, encoding, layer):
         basis = block_diagonal(basis) if basis.ndim == 6 else basis
         x = torch.einsum("bhnd,bnhde->bhne", x, basis.expand(1, len(x[0, 0]), 2, -1, -1))
     return (
-        rotate(x, side.turn[layer % len(side.turn)].expand(1, -1, 2, -1, -1), encoding.stride)[0] if side.turn else x[0]
+        rotate(x, side.rotation[layer % len(side.rotation)].expand(1, -1, 2, -1, -1), encoding.stride)[0]
+        if side.rotation
+        else x[0]
     )
 
 
@@ -77,7 +79,7 @@ def test_splitaxial_rotates_as_interleaved_mrope():
     coords = torch.cat((torch.zeros(20, 1), grid((4, 5))), dim=1)  # an image at time 0
     encoding = build('splitaxial(pairs="half")', layout_of((1, 4, 5), 36))(coords)
     want = apply_rot_embed_cat(q, theirs.get_embed([4, 5]), half=True)
-    torch.testing.assert_close(rotate(q, encoding.q.turn[0], encoding.stride), want, rtol=0, atol=2e-6)
+    torch.testing.assert_close(rotate(q, encoding.q.rotation[0], encoding.stride), want, rtol=0, atol=2e-6)
 
 
 def test_splitaxial_scores_as_pixtral():
@@ -127,7 +129,7 @@ def test_a_simplex_has_corners_at_equal_angles(axes):
 def test_simplex_looks_the_same_in_six_directions():
     position = build("simplex", layout_of((8, 8), 48))
     angle = torch.arange(6) * math.pi / 3 + 0.2
-    cosines = position(3 * torch.stack((angle.cos(), angle.sin()), dim=-1)).q.turn[0][0, :, 0, :, 0].mean(dim=-1)
+    cosines = position(3 * torch.stack((angle.cos(), angle.sin()), dim=-1)).q.rotation[0][0, :, 0, :, 0].mean(dim=-1)
     torch.testing.assert_close(cosines, cosines[:1].expand(6))
 
 
@@ -576,12 +578,12 @@ def test_xpos_scores_are_those_of_x_transformers():
 def test_xpos_decays_towards_the_past_and_grows_towards_the_future():
     position = build("xpos(scale=1, gamma=1)", layout_of((9,), 12))
     coords = torch.tensor([[0.0], [3.0]], dtype=torch.float64)
-    (a, b), (c, d) = (side.turn[0][0, :, 0].norm(dim=-1) for side in position(coords)[:2])
+    (a, b), (c, d) = (side.rotation[0][0, :, 0].norm(dim=-1) for side in position(coords)[:2])
     zeta = (torch.arange(6, dtype=torch.float64) / 6 + 1) / 2
     torch.testing.assert_close(b * c, zeta**3, rtol=0, atol=1e-6)
     torch.testing.assert_close(a * d, zeta**-3, rtol=0, atol=1e-4)
     here, later = (
-        side.turn[0][0, :, 0].norm(dim=-1) for side in build("xpos", layout_of((9,)))(512.0 * coords / 3)[:2]
+        side.rotation[0][0, :, 0].norm(dim=-1) for side in build("xpos", layout_of((9,)))(512.0 * coords / 3)[:2]
     )
     assert float(here[0, 0] * later[1, 0]) == pytest.approx(3.5, abs=1e-3)  # as published, over one scale
 
@@ -623,17 +625,17 @@ def test_gradients_of_learned_turns_are_numerical_ones(spec):
             "xpos has one axis, got 2: a decay that queries and keys each multiply in, zeta^(p_q - p_k), grows",
         ),
         ("xpos(scale=0)", 12, 1, "xpos needs a positive base, scale and gamma, got 10000.0, 0 and 0.4"),
-        ("quaternion", 12, 4, "quaternion has units for up to 3 axes and takes channels in fours, got 4 axes"),
+        ("quaternion", 12, 4, "quaternion has units for up to 3 axes and groups of four channels, got 4 axes"),
         ("quaternion", 14, 2, "got 2 axes and head_dim 14"),
         ("quaternion(base=0)", 12, 2, "quaternion needs a positive base, got 0"),
-        ("spherical", 12, 4, "spherical turns about up to 3 axes of space and takes channels in threes, got 4 axes"),
+        ("spherical", 12, 4, "spherical rotates about up to 3 axes of space, in groups of three channels, got 4 axes"),
         ("spherical(base=-1)", 12, 2, "spherical needs a positive base, got -1"),
         ("orthogonal(determinant=2)", 12, 2, "orthogonal(determinant=…) takes -1 or 1, got 2"),
         (
             "splitaxial",
             5,
             2,
-            "splitaxial turns pairs of channels on 2 axes, so head_dim must be even and at least 4, got 5; use 6",
+            "splitaxial rotates pairs of channels on 2 axes, so head_dim must be even and at least 4, got 5; use 6",
         ),
         ("simplex", 2, 2, "head_dim must be even and at least 4, got 2; use 4"),
         ("goldengate(base=0)", 12, 2, "goldengate needs a positive base and fastest, got base 0 and fastest 1.0"),
@@ -673,5 +675,5 @@ def test_heads_that_do_not_share_the_width_turn_as_any(spec):
     """A U-Net's attention may have fewer channels in its heads than in its map."""
     narrow = map_layout(32, 2, 8, 0, (6, 6), "index", 0.0)
     plain = Layout(width=16, heads=2, grid=(6, 6), depth=1)
-    ours, theirs = (build(spec, layout)(plain.coords()).q.turn for layout in (narrow, plain))
+    ours, theirs = (build(spec, layout)(plain.coords()).q.rotation for layout in (narrow, plain))
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)
