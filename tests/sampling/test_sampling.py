@@ -436,7 +436,7 @@ def test_every_process_draws_and_the_first_one_writes(tmp_path, monkeypatch, fir
         checkpoint_callback=SimpleNamespace(dirpath=str(tmp_path / "checkpoints")),
     )  # fmt: skip
     drawn = []
-    monkeypatch.setattr(sampling, "sample", lambda denoiser, n, *args: drawn.append(n) or torch.zeros(n, 1, 8, 8))
+    monkeypatch.setattr(sampling, "sample", lambda _, n, *args, **options: drawn.append(n) or torch.zeros(n, 1, 8, 8))
     learner._draw()
     assert drawn == [12]
     assert [path.name for path in tmp_path.rglob("*.png")] == ["epoch_0002.png"] * first
@@ -524,7 +524,7 @@ def test_wrong_settings(config, tmp_path, args, match):
 
 def test_images_of_a_different_range_or_shape_are_refused():
     module = Diffusion("RopeDiT", TINY, num_classes=10, in_chans=1, img_size=8)
-    with pytest.raises(ValueError, match=r"a DDPM wants images in \[-1, 1\], the data reach 2.00; give them mean and"):
+    with pytest.raises(ValueError, match=r"a DDPM needs images in \[-1, 1\], the data reach 2.00; use mean and"):
         module._check((torch.full((2, 1, 8, 8), 2.0), torch.zeros(2).long()), 0)
     with pytest.raises(ValueError, match=r"built for images \(1, 8, 8\), the data have \(3, 8, 8\)"):
         module._check((torch.zeros(2, 3, 8, 8), torch.zeros(2).long()), 0)
@@ -775,7 +775,7 @@ def test_scores_of_a_run(fitted, judge, tmp_path):
     roots = torch.linalg.eigvals(spreads[0] @ spreads[1]).real.clamp(min=0).sqrt().sum()
     wanted = (means[0] - means[1]).square().sum() + spreads[0].trace() + spreads[1].trace() - 2 * roots
     assert far == pytest.approx(float(wanted), rel=0.02)
-    with pytest.raises(SystemExit, match=r"error: .*no model\.safetensors; --judge wants a finished run"):
+    with pytest.raises(SystemExit, match=r"error: .*no model\.safetensors; --judge needs a finished run"):
         run("quality", fitted[0], "--judge", tmp_path)
 
 
@@ -796,17 +796,17 @@ def test_inception_as_a_judge_needs_its_weights(fitted, tmp_path, monkeypatch):
     weights = tmp_path / "inception.pth"
     asked = ("quality", fitted[0], "--n", 30, "--steps", 2, "--reference", 60, "--judge", "inception")
     refusals = {
-        "error: --judge inception wants --weights, your copy of weights-inception-2015": asked,
-        r"error: .*inception.pth is no file; --weights wants your copy of": (*asked, "--weights", weights),
-        "error: --weights are those of --judge inception": (*asked[:-1], fitted[0], "--weights", weights),
+        "error: --judge inception needs --weights, your copy of weights-inception-2015": asked,
+        r"error: .*inception.pth is not a file; --weights needs your copy of": (*asked, "--weights", weights),
+        "error: --weights is for --judge inception only": (*asked[:-1], fitted[0], "--weights", weights),
     }
     monkeypatch.setattr(quality.importlib.util, "find_spec", lambda name: name)
     for message, args in refusals.items():
         with pytest.raises(SystemExit, match=message):
             run(*args)
     for content, message in (
-        ({"fc.weight": torch.zeros(10, 2048)}, "has the weights of another network; --weights wants"),
-        ({"fc.weight": Path}, "does not hold weights alone; --weights wants"),
+        ({"fc.weight": torch.zeros(10, 2048)}, "has the weights of a different network; --weights needs"),
+        ({"fc.weight": Path}, "holds more than weights; --weights needs"),
     ):
         torch.save(content, weights)
         with pytest.raises(SystemExit, match=message):

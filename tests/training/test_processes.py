@@ -1,4 +1,4 @@
-"""Several processes: the same numbers as one, in shards too, and an end for all when one ends."""
+"""Several processes, also with shards: the same numbers as one, and all end when one ends."""
 
 import contextlib
 import json
@@ -61,36 +61,49 @@ def single(config, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batch(config, single, tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch(config, single, tmp_path):
     out = tmp_path / "r"
-    status, said = ranks("--config", config, "--out", out, "--trainer.devices", 2, "--trainer.strategy", "ddp")
-    assert status == 0, said
+    status, output = ranks("--config", config, "--out", out, "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    assert status == 0, output
     close(last_checkpoint(single), last_checkpoint(out), 1e-6)
     scores = [json.loads((folder / "summary.json").read_text())["last"]["val/loss"] for folder in (single, out)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
 @pytest.mark.slow
-def test_shards_are_one_process_and_go_on_in_one(config, single, tmp_path):
+def test_shards_equal_one_process_and_resume_in_one(config, single, tmp_path):
     out = tmp_path / "r"
     strategy = ("--trainer.devices", 2, f"--{SHARDED % SIZES}")
-    status, said = ranks("--config", config, "--out", out, *strategy)
-    assert status == 0, said
+    status, output = ranks("--config", config, "--out", out, *strategy)
+    assert status == 0, output
     close(last_checkpoint(single), last_checkpoint(out), 1e-6)
-    # one process takes over, and two take over from one
+    # resumed in one process, and again in two
     more = ("--trainer.max_epochs", 2, "--ckpt_path", "last")
     run("--config", config, "--out", single, "--data.batch_size", 32, *more)
     run("--config", config, "--out", tmp_path / "one", *more[:2], "--ckpt_path", out, "--data.batch_size", 32)
-    status, said = ranks("--config", config, "--out", out, *strategy, *more)
-    assert status == 0, said
+    status, output = ranks("--config", config, "--out", out, *strategy, *more)
+    assert status == 0, output
     close(last_checkpoint(single), last_checkpoint(tmp_path / "one"), 2e-6)
     close(last_checkpoint(single), last_checkpoint(out), 2e-6)
     assert (out / "exported" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
+def test_average_of_bfloat16_shards_is_float32_and_resumes_bit_for_bit(config, tmp_path):
+    args = ("--config", config, "--trainer.devices", 2, f"--{SHARDED % SIZES}", "--trainer.precision", "bf16-true")
+    args += ("--model.model_args.position", "axial")  # learned frequencies stay in float32, which FSDP2 does not mix
+    for epochs, out, more in ((2, "whole", ()), (1, "halves", ()), (2, "halves", ("--ckpt_path", "last"))):
+        status, output = ranks(*args, "--out", tmp_path / out, "--trainer.max_epochs", epochs, *more)
+        assert status == 0, output
+    whole, halves = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "halves")
+    for name, value in whole["weights_in_training"].items():
+        assert (value.dtype, whole["state_dict"][name].dtype) == (torch.bfloat16, torch.float32)
+    close(whole, halves, 0)
+
+
+@pytest.mark.slow
 def test_process_that_is_killed_ends_the_run(config, tmp_path):
-    """By Lightning's own launcher, as without torchrun: the first process starts the second."""
+    """With Lightning's launcher, not torchrun: the first process starts the second."""
     out = tmp_path / "r"
     options = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.max_epochs", 10_000)
     process = start("vit_rope", "fit", "--config", config, "--out", out, *options)
@@ -115,7 +128,7 @@ def test_process_that_is_killed_ends_the_run(config, tmp_path):
 
 @pytest.mark.slow
 def test_signal_to_one_process_stops_all_after_the_same_step(config, tmp_path):
-    """A queue may warn any of them: they agree, one checkpoint is saved, and the run can go on."""
+    """A job queue may signal any process: one checkpoint is saved, and the run can be resumed."""
     out = tmp_path / "r"
     options = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.max_epochs", 10_000)
     process = start("tests.processes", "ranks", 2, "fit", "--config", config, "--out", out, *options)
@@ -130,35 +143,35 @@ def test_signal_to_one_process_stops_all_after_the_same_step(config, tmp_path):
     finally:
         process.kill()
     assert status == 128 + signal.SIGTERM, err
-    told = re.search(r"Interrupted after step (\d+)\. Resume with: vit-rope fit --ckpt_path", err)
-    assert last_checkpoint(out)["global_step"] == int(told[1])
-    steps = int(told[1]) + 12
+    message = re.search(r"Interrupted after step (\d+)\. Resume with: vit-rope fit --ckpt_path", err)
+    assert last_checkpoint(out)["global_step"] == int(message[1])
+    steps = int(message[1]) + 12
     run("--ckpt_path", out, "--trainer.devices", 1, "--trainer.strategy", "auto", "--trainer.max_steps", steps)
     assert last_checkpoint(out)["global_step"] == steps
 
 
 @pytest.mark.slow
-def test_error_in_one_process_ends_the_run_and_is_told(tmp_path):
+def test_error_in_one_process_ends_the_run_and_is_reported(tmp_path):
     for path in (tmp_path / split / name / f"{i}.png" for split in ("train", "val") for name in "ab" for i in range(4)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(path)
-    (tmp_path / "train" / "a" / "0.png").write_bytes(b"")  # which one process alone comes upon
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"")  # read by one process only
     data = {"class_path": "ImageFolder", "init_args": {"root": str(tmp_path), "img_size": 8, "batch_size": 4}}
     data["init_args"]["workers"] = 0
     model = {**CLASSIFIER, "init_args": {**CLASSIFIER["init_args"], "mixup": 0.0}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model, "data": data}))
     began = time.monotonic()
-    status, said = ranks("--config", tmp_path / "c.yaml", "--out", tmp_path / "r", "--trainer.devices", 2)
+    status, output = ranks("--config", tmp_path / "c.yaml", "--out", tmp_path / "r", "--trainer.devices", 2)
     assert status == 1
     assert time.monotonic() - began < 60
-    assert re.search(r"ValueError: cannot read the image .*train/a/0\.png", said)
+    assert re.search(r"ValueError: cannot read the image .*train/a/0\.png", output)
 
 
-# Models without memory
+# Models on the meta device
 
 
 def test_model_from_the_meta_device_is_the_same_model(tmp_path):
-    """Built without memory, given some, then weights: no table is left behind."""
+    """Built on the meta device, moved to the CPU, then loaded: no table keeps its old values."""
     for position in ("axial", "mixed", "learned", "sincos + axial"):
         args = {**PLAIN, "position": position}
         whole = Classification("vit_rope_tiny_patch16_224", args, num_classes=10, in_chans=1, img_size=8).eval()
@@ -173,7 +186,7 @@ def test_model_from_the_meta_device_is_the_same_model(tmp_path):
         assert torch.equal(empty(images), whole(images))
 
 
-def test_only_data_parallel_shards():
+def test_tensor_parallel_is_refused():
     class Mesh(dict):
         def size(self):
             return 4
@@ -243,8 +256,8 @@ def test_pain_09_ranks_hold_the_same_tables(tmp_path):  # lmms-engine PR #185
 
 
 @pytest.mark.parametrize(("world", "agreed", "leaves"), [(1, False, True), (2, False, False), (2, True, True)])
-def test_nobody_leaves_before_all_have_agreed(world, agreed, leaves, tmp_path):
-    """Not at an epoch's end either, which saves whatever the others have heard."""
+def test_no_process_exits_before_all_have_agreed(world, agreed, leaves, tmp_path):
+    """Not at the end of an epoch either, which saves whether or not all have got the signal."""
     callback = LastCheckpoint(str(tmp_path))
     callback.signal, callback.agreed = signal.SIGTERM, agreed
     trainer = SimpleNamespace(fast_dev_run=True, global_step=3, world_size=world, is_last_batch=True)

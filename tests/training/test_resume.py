@@ -185,9 +185,9 @@ def test_state_of_a_different_optimizer(uninterrupted, tmp_path, opt, named):
             group.pop("opt")
     torch.save(content, tmp_path / "last.ckpt")
     args = ("--ckpt_path", tmp_path / "last.ckpt", "--out", tmp_path / "r", "--trainer.max_epochs", 5)
-    was = "adamw" if named else "another optimizer"
+    was = "adamw" if named else "a different optimizer"
     with pytest.raises(
-        ValueError, match=rf"^the checkpoint has the state of {was}, not of {opt}: go on with .*start afresh$"
+        ValueError, match=rf"^the checkpoint has the state of {was}, not of {opt}: resume with .*start from scratch$"
     ):
         run(*args, "--model.optim.opt", opt)
     assert not (tmp_path / "r").exists()
@@ -200,7 +200,7 @@ def test_state_of_a_different_optimizer(uninterrupted, tmp_path, opt, named):
 def test_denoiser_that_learned_a_different_prediction(uninterrupted, command):
     with pytest.raises(
         ValueError,
-        match=r"^the checkpoint's model has learned to predict v, not epsilon: set prediction: v, or train anew$",
+        match=r"^the checkpoint's model was trained to predict v, not epsilon: set prediction: v, or train from",
     ):
         main([command, "--ckpt_path", str(uninterrupted["denoiser"]), "--model.prediction", "epsilon"])
 

@@ -1,4 +1,4 @@
-"""The training command line, run in this process on a tiny model: folders, checkpoints, resuming, bad input."""
+"""The training command line on a tiny model, in this process: folders, checkpoints, errors."""
 
 import contextlib
 import io
@@ -55,7 +55,7 @@ def config(tmp_path_factory):
 
 
 def run(*args: object) -> str:
-    """What a command prints on stdout."""
+    """The output of a command on stdout."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         main([str(arg) for arg in args])
@@ -78,12 +78,12 @@ def load(folder: Path, name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def fitted(config, tmp_path_factory):
-    """A finished run: its folder and what it printed."""
+    """A finished run: its folder and its output."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     return folder, run("fit", "--config", config, "--out", folder)
 
 
-def test_one_folder_keeps_the_run(fitted):
+def test_folder_of_a_run(fitted):
     folder, _ = fitted
     assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
         "checkpoints", "config.yaml", "exported", "metrics.jsonl", "summary.json",
@@ -95,7 +95,7 @@ def test_one_folder_keeps_the_run(fitted):
         assert str(folder) in (folder / name).read_text()
 
 
-def test_last_line_is_the_best_score_and_the_folder_says_the_same(fitted):
+def test_last_line_is_the_best_score_as_in_the_folder(fitted):
     folder, text = fitted
     scores = [row["val/acc"] for row in rows(folder) if "val/acc" in row]
     summary = json.loads((folder / "summary.json").read_text())
@@ -105,15 +105,14 @@ def test_last_line_is_the_best_score_and_the_folder_says_the_same(fitted):
     assert str(folder / "metrics.jsonl") in text
 
 
-def test_metrics_name_stage_epoch_speed_and_rate(fitted):
-    found = rows(fitted[0])
-    assert {row["stage"] for row in found} == {"fit"}
-    assert {"train/loss", "train/lr", "train/images_per_s", "val/loss", "val/acc"} <= {
-        key for row in found for key in row
-    }
+def test_metrics_have_stage_loss_speed_and_learning_rate(fitted):
+    metrics = rows(fitted[0])
+    assert {row["stage"] for row in metrics} == {"fit"}
+    names = {key for row in metrics for key in row}
+    assert names >= {"train/loss", "train/lr", "train/images_per_s", "val/loss", "val/acc"}
 
 
-def test_exported_weights_are_the_best_averages_and_load_in_timm(fitted):
+def test_exported_weights_are_the_average_of_the_best_checkpoint_and_load_in_timm(fitted):
     folder, _ = fitted
     best = load(folder, "best")
     saved = json.loads((folder / "exported" / "config.json").read_text())
@@ -132,20 +131,20 @@ def test_exported_weights_are_the_best_averages_and_load_in_timm(fitted):
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
-def test_evaluation_needs_the_checkpoint_alone(fitted, command):
+def test_evaluation_needs_only_the_checkpoint(fitted, command):
     folder, text = fitted
     before = (folder / "metrics.jsonl").read_text()
     name = {"validate": "val/acc", "test": "test/acc"}[command]
-    found = score(run(command, "--ckpt_path", folder / "checkpoints" / "best.ckpt"), name)
-    assert found == score(run(command, "--ckpt_path", folder, "--data.batch_size", "7"), name)
+    value = score(run(command, "--ckpt_path", folder / "checkpoints" / "best.ckpt"), name)
+    assert value == score(run(command, "--ckpt_path", folder, "--data.batch_size", "7"), name)
     if command == "validate":
-        assert found == score(text)
+        assert value == score(text)
     after = (folder / "metrics.jsonl").read_text()
     assert after.startswith(before)
     assert rows(folder)[-1]["stage"] == command
 
 
-def test_a_moved_run_is_used_where_it_lies(fitted, tmp_path):
+def test_a_moved_run_is_used_in_its_new_folder(fitted, tmp_path):
     moved = tmp_path / "moved"
     (moved / "checkpoints").mkdir(parents=True)
     (moved / "checkpoints" / "best.ckpt").write_bytes((fitted[0] / "checkpoints" / "best.ckpt").read_bytes())
@@ -153,10 +152,10 @@ def test_a_moved_run_is_used_where_it_lies(fitted, tmp_path):
     assert rows(moved)
 
 
-def test_command_line_beats_the_checkpoint(fitted, tmp_path):
+def test_command_line_overrides_the_checkpoint(fitted, tmp_path):
     folder, _ = fitted
     last = folder / "checkpoints" / "last.ckpt"
-    out = tmp_path / "on"
+    out = tmp_path / "resumed"
     args = ("--out", out, "--trainer.max_epochs", 3, "--model.optim.lr", 0.123, "--model.optim.weight_decay", 0.7)
     run("fit", "--ckpt_path", last, *args, "--model.schedule.name", "constant")
     groups = load(out, "last")["optimizer_states"][0]["param_groups"]
@@ -168,9 +167,10 @@ def test_command_line_beats_the_checkpoint(fitted, tmp_path):
     assert {row["epoch"] for row in rows(out)} == {2}
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.0])
-def test_resumed_equals_uninterrupted(config, tmp_path, decay):
+@pytest.mark.parametrize(("decay", "precision"), [(0.9, "32-true"), (0.0, "32-true"), (0.9, "bf16-true")])
+def test_resumed_equals_uninterrupted(config, tmp_path, decay, precision):
     args = ("--config", config, "--model.schedule.name", "constant", "--ema.decay", decay)
+    args += ("--trainer.precision", precision)
     run("fit", *args, "--out", tmp_path / "whole", "--trainer.max_epochs", 3)
     run("fit", *args, "--out", tmp_path / "halves", "--trainer.max_epochs", 1)
     before = (tmp_path / "halves" / "metrics.jsonl").read_text()
@@ -180,9 +180,11 @@ def test_resumed_equals_uninterrupted(config, tmp_path, decay):
     for part in ("state_dict", "weights_in_training") if decay else ("state_dict",):
         for name, value in whole[part].items():
             torch.testing.assert_close(halves[part][name], value, rtol=0, atol=0)
+            averaged = decay and part == "state_dict"
+            assert value.dtype == (torch.bfloat16 if precision == "bf16-true" and not averaged else torch.float32)
 
 
-def test_last_checkpoint_is_of_the_last_epoch_also_when_it_was_no_better(config, tmp_path):
+def test_last_checkpoint_is_of_the_last_epoch_also_if_it_is_not_better(config, tmp_path):
     # the score of a model that does not learn never improves after the first epoch
     run("fit", "--config", config, "--out", tmp_path / "r", "--model.optim.lr", "1e-12", "--trainer.max_epochs", 3)
     assert load(tmp_path / "r", "best")["epoch"] == 0
@@ -190,7 +192,7 @@ def test_last_checkpoint_is_of_the_last_epoch_also_when_it_was_no_better(config,
 
 
 @pytest.mark.parametrize("source", ["config", "checkpoint"])
-def test_one_model_argument_can_be_overridden_alone(config, fitted, tmp_path, source):
+def test_a_single_model_argument_can_be_overridden(config, fitted, tmp_path, source):
     start = ("--config", config) if source == "config" else ("--ckpt_path", fitted[0])
     args = ("--out", tmp_path / "r", "--model.model_args.position", "mixed", "--print_config")
     out = io.StringIO()
@@ -202,17 +204,17 @@ def test_one_model_argument_can_be_overridden_alone(config, fitted, tmp_path, so
 
 def test_user_module_registers_a_scheme(config, tmp_path, monkeypatch):
     source = "from vit_rope.positions import Rotary, register\nfrom vit_rope.positions.rotary.axial import axial\n\n"
-    source += '@register\ndef of_my_own(layout):\n    """Mine."""\n    return axial(layout, base=7.0)\n'
+    source += '@register\ndef custom(layout):\n    """Mine."""\n    return axial(layout, base=7.0)\n'
     (tmp_path / "my_schemes.py").write_text(source)
     monkeypatch.chdir(tmp_path)
-    args = ("--config", config, "--out", "r", "--trainer.max_epochs", 1, "--model.model_args.position", "of_my_own")
+    args = ("--config", config, "--out", "r", "--trainer.max_epochs", 1, "--model.model_args.position", "custom")
     run("fit", *args, "--import", "my_schemes")
     assert Path("r/summary.json").is_file()
     with pytest.raises(ValueError, match="--import no_such_module: No module named"):
         run("fit", "--import=no_such_module", *args)
 
 
-# Bad input: said at once, in one line, and nothing is written
+# Bad input: an error of one line before anything is written
 
 
 def refused(config: str, tmp_path: Path, *args: object, kind: type[Exception] = ValueError, match: str) -> None:
@@ -225,7 +227,7 @@ def refused(config: str, tmp_path: Path, *args: object, kind: type[Exception] = 
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (("--model.model", "vit_rop_tiny_patch16_224"), "timm knows no model.*did you mean vit_rope_tiny_patch16_224"),
+        (("--model.model", "vit_rop_tiny_patch16_224"), "timm has no model.*did you mean vit_rope_tiny_patch16_224"),
         (("--model.model_args.position", "axail"), "did you mean axial"),
         (("--model.model_args.in_chans", 3), "model_args give in_chans 3, but the data have 1"),
         (("--model.optim.opt", "adamv"), "unknown optimizer 'adamv'; did you mean adam"),
@@ -233,7 +235,7 @@ def refused(config: str, tmp_path: Path, *args: object, kind: type[Exception] = 
         (("--model.optim.layer_decay", 2), "0 < layer_decay <= 1"),
         (("--model.schedule.warmup", -1), "warmup, decay and min_lr >= 0"),
         (("--model.schedule.warmup", 100), "warms up for 100 steps, but the training has only 8"),
-        (("--trainer.max_epochs", -1), "schedule cosine needs to know the end"),
+        (("--trainer.max_epochs", -1), "schedule cosine needs the length of the training"),
         (("--model.label_smoothing", 1), "label_smoothing < 1"),
         (("--model.loss", "binary", "--model.label_smoothing", 0.1), "label_smoothing must be 0"),
         (("--ema.decay", 1), "ema.decay must be at least 0"),
@@ -273,10 +275,10 @@ def test_unknown_key_in_a_file(tmp_path, capsys):
 @pytest.mark.parametrize("door", [main, vit_rope_cli.main])
 def test_our_errors_reach_the_terminal_as_one_line(config, monkeypatch, door):
     monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", config, "--model.model", "nonsense"])
-    with pytest.raises(SystemExit, match=r"^error: timm knows no model 'nonsense'") as caught:
+    with pytest.raises(SystemExit, match=r"^error: timm has no model 'nonsense'") as caught:
         door()
     assert "\n" not in str(caught.value.code)
-    with pytest.raises(ValueError, match="timm knows no model 'nonsense'"):
+    with pytest.raises(ValueError, match="timm has no model 'nonsense'"):
         door(sys.argv[1:])
 
 
@@ -293,8 +295,8 @@ def test_a_broken_image_reaches_the_terminal_as_one_line(config, tmp_path, monke
     assert "\n" not in str(caught.value.code)
 
 
-def test_an_error_of_the_users_own_code_in_a_worker_keeps_its_traceback():
-    def _run_stage():  # as Lightning calls it, once settings are behind it
+def test_an_error_of_user_code_in_a_worker_keeps_its_traceback():
+    def _run_stage():  # the name of the function of Lightning that runs after all settings are checked
         list(DataLoader(["x"], num_workers=1, collate_fn=lambda samples: float(samples[0])))
 
     with pytest.raises(ValueError, match="could not convert string to float") as caught:
@@ -303,7 +305,7 @@ def test_an_error_of_the_users_own_code_in_a_worker_keeps_its_traceback():
     assert not says_all(caught.value)
 
 
-def test_a_taken_folder_is_refused_or_replaced(config, tmp_path):
+def test_an_occupied_folder_is_refused_or_replaced(config, tmp_path):
     out = tmp_path / "taken"
     (out / "checkpoints").mkdir(parents=True)
     (out / "checkpoints" / "last.ckpt").write_text("old")
@@ -311,7 +313,7 @@ def test_a_taken_folder_is_refused_or_replaced(config, tmp_path):
     with pytest.raises(ValueError, match=r"already contains a run \(checkpoints\): resume it with --ckpt_path last"):
         run("fit", "--config", config, "--out", out)
     assert (out / "checkpoints" / "last.ckpt").read_text() == "old"
-    with pytest.raises(ValueError, match="did you mean axial"):  # a run that cannot start replaces nothing
+    with pytest.raises(ValueError, match="did you mean axial"):  # a run that cannot start overwrites nothing
         run("fit", "--config", config, "--out", out, "--overwrite", "true", "--model.model_args.position", "axail")
     assert (out / "checkpoints" / "last.ckpt").read_text() == "old"
     run("fit", "--config", config, "--out", out, "--overwrite", "true", "--trainer.max_epochs", 1)
@@ -324,7 +326,7 @@ def test_missing_last_checkpoint_is_an_error(config, tmp_path):
     refused(config, tmp_path, "--ckpt_path", "last", kind=FileNotFoundError, match=r"no checkpoint .*last\.ckpt")
 
 
-def test_checkpoint_of_another_architecture_lists_the_keys(fitted):
+def test_checkpoint_of_a_different_architecture_lists_the_keys(fitted):
     with pytest.raises(ValueError, match="the weights do not fit vit_rope_tiny_patch16_224") as caught:
         run("validate", "--ckpt_path", fitted[0], "--model.model_args.depth", 2)
     assert "missing: model.blocks.1." in str(caught.value)
@@ -335,7 +337,7 @@ def test_checkpoint_of_another_architecture_lists_the_keys(fitted):
 
 
 class Canary:
-    """Unpickling it leaves a file behind."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -377,11 +379,11 @@ def test_checkpoint_may_not_name_any_class(fitted, tmp_path):
         run("validate", "--ckpt_path", tmp_path / "bare.ckpt")
 
 
-# Fine-tuning, and what a batch may look like
+# Fine-tuning, and checks of a batch
 
 
 @pytest.mark.parametrize("file", ["exported/model.safetensors", "checkpoints/best.ckpt"])
-def test_weights_start_a_model_for_other_classes(fitted, file):
+def test_weights_initialize_a_model_for_other_classes(fitted, file):
     path = str(fitted[0] / file)
     best = load(fitted[0], "best")["state_dict"]
     args = ("vit_rope_tiny_patch16_224", {**SIZES, "position": "axial(base=100)"})
@@ -395,7 +397,7 @@ def test_weights_start_a_model_for_other_classes(fitted, file):
         Classification(args[0], {**args[1], "depth": 2}, 10, 1, 8, weights=path)
 
 
-def test_weights_are_forgotten_when_a_checkpoint_comes(config, fitted, tmp_path):
+def test_a_checkpoint_replaces_initial_weights(config, fitted, tmp_path):
     copy = tmp_path / "start.safetensors"
     copy.write_bytes((fitted[0] / "exported" / "model.safetensors").read_bytes())
     out = tmp_path / "r"
@@ -411,7 +413,7 @@ def tiny(**options) -> Classification:
 def test_wrong_channels_and_too_few_classes():
     with pytest.raises(ValueError, match="built for images of 1 channels, the data have 3"):
         tiny().validation_step((torch.zeros(2, 3, 8, 8), torch.zeros(2).long()), 0)
-    with pytest.raises(ValueError, match="at least 2 classes to tell apart, the data have 1"):
+    with pytest.raises(ValueError, match="at least 2 classes, the data have 1"):
         Classification("vit_rope_tiny_patch16_224", SIZES, num_classes=1, in_chans=1, img_size=8, mixup=0.5)
     with pytest.raises(ValueError, match="mixup >= 0"):
         tiny(mixup=-0.5)
@@ -425,7 +427,7 @@ def test_convolutional_models_need_no_image_size():
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary"])
 @pytest.mark.parametrize("count", [6, 5])
-def test_mixed_batches_train_also_when_odd(loss, count):
+def test_mixup_trains_batches_of_even_and_odd_size(loss, count):
     module = tiny(mixup=0.5, cutmix=1.0, loss=loss)
     value = module.loss((torch.randn(count, 1, 8, 8), torch.arange(count)), 0)
     value.backward()
@@ -446,7 +448,7 @@ def test_compiled_training(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_digits_reach_what_the_yaml_promises(tmp_path):
+def test_digits_reach_the_score_in_the_yaml(tmp_path):
     text = run("fit", "--config", ROOT / "configs" / "digits_vit.yaml", "--out", tmp_path / "r")
     assert score(text) >= 0.975
 
@@ -468,16 +470,16 @@ def test_options_train(config, tmp_path, args):
 
 
 def test_terminal_shows_loss_accuracy_speed_and_time_left(config, tmp_path, monkeypatch):
-    said = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=said, force_terminal=True, width=80))
+    terminal = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=terminal, force_terminal=True, width=80))
     run("fit", "--config", config, "--out", tmp_path / "r", "--trainer.limit_train_batches", 10)
     run("validate", "--ckpt_path", tmp_path / "r")
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.getvalue())
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
     assert re.search(r"100%  epoch 2/2  loss \d\.\d+  val/acc 0\.\d+  [\d,]+ images/s  0:00 left", shown)
     assert "100%  batch 4 of 4" in shown
 
 
-# The parts
+# Parts
 
 
 def test_schedules():
@@ -497,7 +499,7 @@ def test_schedules():
     assert schedule_curve(ScheduleConfig(warmup=0), total)(0) == 1.0
 
 
-def test_optimizer_groups_follow_layer_decay_and_spare_what_should_not_decay():
+def test_optimizer_groups_have_layer_decay_and_weight_decay():
     model = timm.create_model(
         "vit_rope_tiny_patch16_224", **{**SIZES, "depth": 3}, position="learned + mixed", img_size=8
     )
@@ -510,21 +512,21 @@ def test_optimizer_groups_follow_layer_decay_and_spare_what_should_not_decay():
         rates["blocks.2.mlp.fc1.weight"] == 2 * rates["blocks.1.mlp.fc1.weight"] == 4 * rates["blocks.0.mlp.fc1.weight"]
     )
     assert rates["patch_embed.proj.weight"] < rates["blocks.0.mlp.fc1.weight"]
-    spared = model.no_weight_decay()
+    undecayed = model.no_weight_decay()
     for name, p in model.named_parameters():
-        assert groups[id(p)]["weight_decay"] == (0.0 if p.ndim < 2 or name in spared else 0.05), name
+        assert groups[id(p)]["weight_decay"] == (0.0 if p.ndim < 2 or name in undecayed else 0.05), name
     with pytest.raises(TypeError, match="optimizer adamw with extra options"):
         make_optimizer(model, OptimConfig(extra={"nonsense": 1}))
 
 
 class Steps:
-    """The little of a trainer that the average asks for."""
+    """The attributes of a trainer that EMA reads."""
 
     global_step = 0
     state = type("S", (), {"fn": "fit"})()
 
 
-def test_average_warms_up_and_serves_validation():
+def test_average_warms_up_and_is_validated():
     module, trainer, ema = nn.Linear(1, 1, bias=False), Steps(), EMA(0.9)
     with torch.no_grad():
         module.weight.fill_(0.0)
@@ -549,7 +551,24 @@ def test_average_warms_up_and_serves_validation():
     assert checkpoint["weights_in_training"]["weight"].item() == 200.0
 
 
-def test_average_leaves_an_untrained_model_alone():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_is_float32_for_bfloat16_weights(dtype):
+    """The weight goes linearly from 1 to 2 over 20,000 steps; the average lags by 999 steps."""
+    module, trainer, ema = nn.Linear(1, 1, bias=False, dtype=dtype), Steps(), EMA(0.999)
+    nn.init.ones_(module.weight)
+    ema.on_fit_start(trainer, module)
+    for step in range(1, 20_001):
+        nn.init.constant_(module.weight, 1 + step / 20_000)
+        trainer.global_step = step
+        ema.on_train_batch_end(trainer, module, None, None, step)
+    ema.on_validation_epoch_start(trainer, module)
+    ema.on_validation_epoch_end(trainer, module)  # must not round the average
+    assert module.weight.item() == 2.0
+    assert ema.average["weight"].dtype == torch.float32
+    assert ema.average["weight"].item() == pytest.approx(1.950, abs=5e-4)
+
+
+def test_average_does_not_change_a_model_before_the_first_step():
     module, ema = nn.Linear(1, 1), EMA(0.9)
     ema.on_fit_start(Steps(), module)
     with torch.no_grad():
@@ -558,7 +577,7 @@ def test_average_leaves_an_untrained_model_alone():
     assert module.weight.item() == 3.0
 
 
-def test_average_leaves_counters_and_buffers_as_they_are():
+def test_average_does_not_change_counters_and_buffers():
     module, trainer, ema = nn.BatchNorm1d(2), Steps(), EMA(0.9)
     ema.on_fit_start(trainer, module)
     for step in range(4):
@@ -571,7 +590,7 @@ def test_average_leaves_counters_and_buffers_as_they_are():
     assert all(torch.equal(value, buffers[name]) for name, value in module.named_buffers())
 
 
-def test_checkpoint_of_a_module_made_in_python_is_plain(tmp_path):
+def test_checkpoint_of_a_module_created_in_python_is_plain(tmp_path):
     module = tiny(optim=OptimConfig(lr=0.1), schedule=ScheduleConfig(warmup=0))
     images = torch.utils.data.TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8))
     trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, logger=False, accelerator="cpu", log_every_n_steps=1)
@@ -582,19 +601,17 @@ def test_checkpoint_of_a_module_made_in_python_is_plain(tmp_path):
     assert torch.load(path, weights_only=True)["global_step"] == 1
 
 
-def test_averaging_can_be_switched_off_on_the_way(fitted, tmp_path):
+def test_averaging_can_be_switched_off_when_resuming(fitted, tmp_path):
     last = load(fitted[0], "last")
     args = ("--out", tmp_path / "r", "--trainer.max_epochs", 3, "--ema.decay", 0, "--trainer.limit_train_batches", 1)
     run("fit", "--ckpt_path", fitted[0] / "checkpoints" / "last.ckpt", *args, "--model.optim.lr", 1e-12)
     after = load(tmp_path / "r", "last")
     assert "weights_in_training" not in after
-    for name, value in last[
-        "weights_in_training"
-    ].items():  # training went on from the trained weights, not the average
+    for name, value in last["weights_in_training"].items():  # resumed from the trained weights, not the average
         torch.testing.assert_close(after["state_dict"][name], value, rtol=0, atol=1e-6)
 
 
-def test_metrics_are_json_also_when_not_finite(tmp_path):
+def test_metrics_that_are_not_finite_are_valid_json(tmp_path):
     logger = MetricsLogger(str(tmp_path))
     logger.log_metrics({"a": float("nan"), "epoch": 3, "b": torch.tensor(0.5)}, step=7)
     logger.log_metrics({"a": float("inf")}, step=8)
@@ -608,6 +625,6 @@ def test_import_is_light():
     assert "Classification" in done.stdout
 
 
-def test_exported_file_holds_tensors_alone(fitted):
+def test_exported_file_has_the_names_of_the_model(fitted):
     state = load_file(fitted[0] / "exported" / "model.safetensors")
     assert all(not name.startswith("model.") for name in state)

@@ -1,6 +1,6 @@
 """Training with Lightning: `vit-rope fit --config configs/digits_vit.yaml`.
 
-The only package of the library that imports Lightning, and only when one of these names is first used.
+Only this package imports Lightning, and only when one of these names is first used.
 """
 
 import importlib

@@ -1,4 +1,7 @@
-"""Train any timm model to tell classes apart."""
+"""Train any timm model as a classifier.
+
+Shapes   B images, C channels, (H, W) height and width of an image
+"""
 
 import json
 import logging
@@ -24,21 +27,24 @@ OPTIM, SCHEDULE = OptimConfig(), ScheduleConfig()
 
 
 class Classification(Learner):
-    """A timm model, how it learns and how it is scored: logs `val/loss`, `val/acc`, `test/loss` and `test/acc`.
+    """Training and evaluation of a timm classifier.
+
+    Logs `val/loss`, `val/acc`, `test/loss` and `test/acc`.
 
     Args:
-        model: any timm model name; a position scheme goes into `model_args`, as for `timm.create_model`
-        model_args: keyword arguments of `timm.create_model`, such as {position: "axial(base=100)", depth: 6}
-        num_classes: from the data, as are `in_chans` and `img_size`
+        model: any timm model name; a position scheme goes into `model_args`
+        model_args: keyword arguments of `timm.create_model`, such as
+            {position: "axial(base=100)", depth: 6}
+        num_classes: number of classes; set from the data, as are `in_chans` and `img_size`
         in_chans: channels of an image
-        img_size: pixels along a side of an image
-        weights: a file to start from: exported or timm's safetensors, or a checkpoint (fine-tuning)
+        img_size: side of an image in pixels
+        weights: file to fine-tune from: a checkpoint or safetensors (exported, or timm's)
         mixup: alpha of mixup (arXiv:1710.09412); 0 is off
         cutmix: alpha of CutMix (arXiv:1905.04899); 0 is off
-        label_smoothing: share of the target that is spread over all classes
-        loss: cross entropy, or a binary one for each class (as DeiT III, arXiv:2204.07118)
+        label_smoothing: fraction of the target that is spread over all classes
+        loss: cross entropy, or a binary cross entropy per class (as in DeiT III, arXiv:2204.07118)
         compile: run the model through torch.compile
-        nonfinite: what a batch with a loss that is nan or infinite does: stop the run, be skipped, or (ignore) nothing
+        nonfinite: for a loss that is nan or infinite: stop the run, skip the batch, or ignore it
         optim: optimizer, learning rate, weight and layer decay
         schedule: warm-up and course of the learning rate
     """
@@ -63,13 +69,13 @@ class Classification(Learner):
         super().__init__(model, optim, schedule, nonfinite)
         if min(mixup, cutmix, label_smoothing) < 0 or label_smoothing >= 1:
             raise ValueError(
-                "Classification wants mixup >= 0, cutmix >= 0 and 0 <= label_smoothing < 1, "
+                "Classification needs mixup >= 0, cutmix >= 0 and 0 <= label_smoothing < 1, "
                 f"got {mixup}, {cutmix} and {label_smoothing}"
             )
         if loss == "binary" and label_smoothing:
             raise ValueError("the binary loss counts each class of a target as present, so label_smoothing must be 0")
         if num_classes < 2:
-            raise ValueError(f"Classification needs at least 2 classes to tell apart, the data have {num_classes}")
+            raise ValueError(f"Classification needs at least 2 classes, the data have {num_classes}")
         self.binary, self.label_smoothing = loss == "binary", label_smoothing
         self.model, self.model_args = create(model, model_args or {}, num_classes, in_chans, img_size)
         self.img_size = self.model_args.get("img_size", img_size)
@@ -79,17 +85,18 @@ class Classification(Learner):
         if mixup or cutmix:
             self.mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
         if compile:
-            self.model.compile()  # in place: the names in checkpoints stay
+            self.model.compile()  # in place, which keeps the names in checkpoints
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images (B, in_chans, H, W)."""
+        """Logits (B, num_classes) of images (B, C, H, W)."""
         return self.model(images)
 
     def loss(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of images (B, C, H, W) and labels (B,), a scalar, after mixup and CutMix."""
         images, labels = self._check(batch)
         if self.mixup is not None and len(images) % 2 == 0:
             images, targets = self.mixup(images, labels)
-        else:  # timm's Mixup mixes each image with its opposite, so an odd batch stays unmixed
+        else:  # timm's Mixup mixes image i with image B - 1 - i and needs an even B
             targets = mixup_target(labels, self.model_args["num_classes"], smoothing=self.label_smoothing)
         logits = self(images).float()
         if self.binary:
@@ -97,22 +104,30 @@ class Classification(Learner):
         return F.cross_entropy(logits, targets)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log loss and accuracy of a batch as `val/loss` and `val/acc`."""
         self._score(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log loss and accuracy of a batch as `test/loss` and `test/acc`."""
         self._score(batch, "test")
 
     def export(self, folder: Path, state_dict: dict[str, Tensor], extra: dict[str, Any]) -> Path:
-        """Write model.safetensors and config.json, for timm's `create_model("local-dir:FOLDER", pretrained=True)`.
+        """Write model.safetensors and config.json, and return the path of the first.
 
-        `state_dict` is that of this module, `extra` goes into the `pretrained_cfg` (such as the images' mean and std).
+        timm loads them with `create_model("local-dir:FOLDER", pretrained=True)`.
+
+        Args:
+            folder: where to write them
+            state_dict: weights of this module
+            extra: entries of timm's `pretrained_cfg`, such as mean and std of the images
         """
         weights = {k.removeprefix("model."): v.contiguous() for k, v in state_dict.items() if k.startswith("model.")}
         sides = [self.img_size] * 2 if isinstance(self.img_size, int) else list(self.img_size)
-        known: dict[str, Any] = getattr(self.model, "default_cfg", {})
-        facts = {key: known[key] for key in ("classifier", "first_conv") if key in known}
-        facts |= {"num_classes": self.model_args["num_classes"], "input_size": [self.model_args["in_chans"], *sides]}
-        config = {"architecture": self.name, "model_args": self.model_args, "pretrained_cfg": facts | extra}
+        default: dict[str, Any] = getattr(self.model, "default_cfg", {})
+        pretrained = {key: default[key] for key in ("classifier", "first_conv") if key in default}
+        input_size = [self.model_args["in_chans"], *sides]
+        pretrained |= {"num_classes": self.model_args["num_classes"], "input_size": input_size}
+        config = {"architecture": self.name, "model_args": self.model_args, "pretrained_cfg": pretrained | extra}
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in (
             ("config.json", json.dumps(config, indent=2) + "\n"),
@@ -124,9 +139,11 @@ class Classification(Learner):
 
     def _check(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        wanted = self.model_args["in_chans"]
-        if images.shape[1] != wanted:
-            raise ValueError(f"{self.name} was built for images of {wanted} channels, the data have {images.shape[1]}")
+        channels = self.model_args["in_chans"]
+        if images.shape[1] != channels:
+            raise ValueError(
+                f"{self.name} was built for images of {channels} channels, the data have {images.shape[1]}"
+            )
         return images, labels
 
     def _score(self, batch: tuple[Tensor, Tensor], split: str) -> None:
@@ -142,62 +159,69 @@ class Classification(Learner):
 def create(
     name: str, args: dict[str, Any], num_classes: int, in_chans: int, img_size: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A timm model for this data, and all the arguments it was made with."""
+    """A timm model for the data, and all arguments that it was created with.
+
+    `args` may replace `img_size`. Raises ValueError or TypeError, of one line, for a name that timm
+    does not know and for arguments that do not fit.
+    """
     check_name(name)
-    given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+    of_data: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     for key in ("num_classes", "in_chans"):
-        if args.get(key, given[key]) != given[key]:
-            raise ValueError(f"model_args give {key} {args[key]}, but the data have {given[key]}; leave it out")
-    args = given | args
+        if args.get(key, of_data[key]) != of_data[key]:
+            raise ValueError(f"model_args give {key} {args[key]}, but the data have {of_data[key]}; leave it out")
+    args = of_data | args
     try:
         return timm.create_model(name, **args), args
     except ValueError:
-        raise  # in words of our own, mostly
-    except Exception as error:  # a model's constructor raises about anything at arguments that it does not expect
+        raise  # mostly from this library, with a message that explains it
+    except Exception as error:  # for arguments it does not expect, a constructor may raise any exception
         if not isinstance(error, TypeError) or "'img_size'" not in str(error):
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{name} with {args}: {one_line(error)}") from error
-    del args["img_size"]  # a convolutional network, which takes images of any size
+    del args["img_size"]  # a convolutional network, which accepts images of any size
     return timm.create_model(name, **args), args
 
 
 def check_name(name: str) -> None:
-    """Raise a ValueError with the nearest names where timm knows no such model."""
+    """Raise ValueError with the most similar names if timm has no model of this name."""
     if ":" not in name and not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3) or timm.list_models("vit_rope*")
-        raise ValueError(f"timm knows no model {name!r}; did you mean {', '.join(near)}?")
+        raise ValueError(f"timm has no model {name!r}; did you mean {', '.join(near)}?")
 
 
 def load_weights(model: nn.Module, path: str, name: str) -> None:
-    """Start a timm model from the weights in a checkpoint of ours or timm's, or a safetensors file.
+    """Load the weights of a timm model from a checkpoint or a safetensors file.
 
-    A classifier for another number of classes is left as it is; anything else that does not fit is a ValueError.
+    The checkpoint may be of this library or of timm. A classifier for a different number of classes
+    keeps its initial weights. Raises ValueError for anything else that does not fit the model.
     """
     content = read(path)
     key = next((key for key in ("state_dict_ema", "model_ema", "state_dict", "model") if key in content), None)
     state = content if key is None else content[key]
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{path} has no weights: its {key} is no dictionary of names")
+        raise ValueError(f"{path} has no weights: its {key} is not a dictionary with names as keys")
     for prefix in ("module.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's custom in every file
+    # timm's convention: the file of a model has a function that converts its checkpoints
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
         try:
             state = convert(state, model)
-        except Exception as error:  # timm's look into tensors that they expect to be there
-            raise ValueError(f"{path} has the weights of another model than {name}: {one_line(error)}") from error
-    own = model.state_dict()
-    heads = _classifiers(model)
-    other = [k for k in state if k in own and k.startswith(heads) and getattr(state[k], "shape", None) != own[k].shape]
-    if other:
-        log.info("%s has a classifier for other classes: %s starts anew", path, ", ".join(other))
-        state = {**state, **{k: own[k] for k in other}}
+        except Exception as error:  # timm's functions expect certain tensors to exist
+            raise ValueError(f"{path} has the weights of a model other than {name}: {one_line(error)}") from error
+    initial, heads = model.state_dict(), _classifiers(model)
+    misfits = [key for key in state if key in initial and key.startswith(heads)]
+    misfits = [key for key in misfits if getattr(state[key], "shape", None) != initial[key].shape]
+    if misfits:
+        log.info("%s has a classifier for other classes: %s is trained from scratch", path, ", ".join(misfits))
+        state = {**state, **{key: initial[key] for key in misfits}}
     check_fit(model, state, name)
     model.load_state_dict(state)
 
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    known: Any = getattr(model, "default_cfg", {})
-    names = known.get("classifier", "head")
+    """Prefixes of the names of a timm model's classifier parameters."""
+    default: Any = getattr(model, "default_cfg", {})
+    names = default.get("classifier", "head")
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

@@ -1,5 +1,9 @@
-"""Train a denoiser: a DDPM (arXiv:2006.11239) whose attention has positions, on any set of images."""
+"""Train a denoiser, a DDPM (arXiv:2006.11239) whose attention has positions, on any set of images.
 
+Shapes   B images, C channels, (H, W) height and width of an image
+"""
+
+import inspect
 import math
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,33 +21,38 @@ from .optim import OptimConfig, ScheduleConfig
 OPTIM, SCHEDULE = OptimConfig(weight_decay=0.0), ScheduleConfig()
 MODELS = ("RopeUNet2DModel", "RopeDiT")
 PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon", "sample": "sample"}
-LEVELS = 10  # parts of the noise schedule for which the loss is logged
+LEVELS = 10  # equal parts of the noise schedule; the loss of each is logged
 
 
 class Diffusion(Learner):
-    """A denoiser, what it predicts and how it learns: logs `val/loss` and `val/loss_t000` and so on.
+    """Training and evaluation of a denoiser.
 
-    The validation loss is the plain squared error of the prediction, under the same noise every time; `val/loss_t000`
-    is that of the least noisy tenth of the steps. Losses of different predictions do not compare.
+    Logs `val/loss`, and `val/loss_t000` to `val/loss_t900` for tenths of the timesteps (of 1000).
+    The validation loss is the plain squared error of the prediction, with the same noise every
+    time; `val/loss_t000` is that of the least noisy tenth. Losses of different kinds of predictions
+    are not comparable.
 
     Args:
         model: RopeUNet2DModel, diffusers' U-Net with positions, or RopeDiT, a transformer
-        model_args: keyword arguments of that class, such as {position: "axial(base=100)", layers_per_block: 2}
-        num_classes: from the data, as are `in_chans` and `img_size`
+        model_args: keyword arguments of that class, such as
+            {position: "axial(base=100)", layers_per_block: 2}
+        num_classes: number of classes; set from the data, as are `in_chans` and `img_size`
         in_chans: channels of an image
-        img_size: pixels along a side of an image, or [height, width]
-        conditional: tell the model the class of an image, so that it can be asked for one
-        label_dropout: share of the images whose class is kept from a conditional model, for guidance
-        timesteps: levels of noise
-        beta_schedule: how noise grows over them, by diffusers' names; squaredcos_cap_v2 is the cosine schedule
-        prediction: what the model predicts: v (arXiv:2202.00512), the noise (epsilon) or the image (sample)
-        snr_gamma: min-SNR weighting of the loss (arXiv:2303.09556), of which the paper's choice is 5; 0 is off
-        sample_every: epochs between two pictures in samples/; 0 draws none
-        sample_count: images in such a picture, always from the same noise
-        sample_steps: steps of its sampler
-        sample_scheduler: any sampler of `vit-rope sample`
+        img_size: side of an image in pixels, or [height, width]
+        conditional: give the class of an image to the model, so that it can sample a given class
+        label_dropout: fraction of images whose class is hidden from the model, for guidance
+        timesteps: number of noise levels
+        beta_schedule: how the noise grows, by diffusers' names; squaredcos_cap_v2 is the cosine
+            schedule
+        prediction: what the model predicts: v (arXiv:2202.00512), the noise (epsilon) or the image
+            (sample)
+        snr_gamma: gamma of min-SNR loss weighting (arXiv:2303.09556), 5 in the paper; 0 is off
+        sample_every: epochs between two grids of samples in samples/; 0 is off
+        sample_count: images in a grid, always from the same noise
+        sample_steps: sampling steps of a grid
+        sample_scheduler: sampler of a grid, any of `vit-rope sample`
         compile: run the model through torch.compile
-        nonfinite: what a batch with a loss that is nan or infinite does: stop the run, be skipped, or (ignore) nothing
+        nonfinite: for a loss that is nan or infinite: stop the run, skip the batch, or ignore it
         optim: optimizer, learning rate, weight and layer decay
         schedule: warm-up and course of the learning rate
     """
@@ -73,7 +82,7 @@ class Diffusion(Learner):
         super().__init__(model, optim, schedule, nonfinite)
         if not 0 <= label_dropout < 1 or snr_gamma < 0 or min(sample_every, sample_count - 1, sample_steps - 1) < 0:
             raise ValueError(
-                "Diffusion wants 0 <= label_dropout < 1, snr_gamma and sample_every >= 0, sample_count and "
+                "Diffusion needs 0 <= label_dropout < 1, snr_gamma and sample_every >= 0, sample_count and "
                 f"sample_steps >= 1, got {label_dropout}, {snr_gamma}, {sample_every}, {sample_count}, {sample_steps}"
             )
         if conditional and num_classes < 2:
@@ -90,15 +99,16 @@ class Diffusion(Learner):
         self.sample_steps, self.sample_scheduler = sample_steps, sample_scheduler
         sampling.check(self.denoiser, sample_scheduler, sample_steps, self.denoiser.size, self._sample_labels())
         if compile:
-            self.model.compile()  # in place: the names in checkpoints stay
+            self.model.compile()  # in place, which keeps the names in checkpoints
 
     def forward(self, noisy: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Predictions (B, C, H, W) for noisy images (B, C, H, W) at times (B,)."""
+        """Predictions (B, C, H, W) for noisy images (B, C, H, W), times (B,) and labels (B,)."""
         return self.model(noisy, time, *(() if labels is None else (labels,))).sample
 
     def loss(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of images (B, C, H, W) and labels (B,), a scalar, at random timesteps."""
         images, labels = self._check(batch, batch_idx)
-        # of the step's seed alone, so that all models see the same noise, whatever else they draw
+        # seeded by the step only: all models get the same noise, whatever else they draw
         generator = self._generator(torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)
         time = torch.randint(len(self.noise.betas), (len(images),), generator=generator, device=self.device)
         noise = torch.randn(images.shape, generator=generator, device=self.device)
@@ -111,83 +121,98 @@ class Diffusion(Learner):
         return errors.mean()
 
     def on_validation_epoch_start(self) -> None:
-        self.scores = torch.zeros(2, LEVELS, dtype=torch.float64)  # of each level the sum of errors, and their number
+        """Reset the sum of errors, and their number, of each noise level."""
+        self.scores = torch.zeros(2, LEVELS, dtype=torch.float64)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add up the errors of a batch, and write a grid of samples after the last batch."""
         self._score(batch, batch_idx)
-        # here and not when validation ends, for by then a moving average has given way to the weights in training
+        # not in on_validation_epoch_end: by then EMA has put the trained weights back
         if batch_idx + 1 == self.trainer.num_val_batches[0] and not self.trainer.sanity_checking:
             self._draw()
 
     def on_validation_epoch_end(self) -> None:
+        """Log `val/loss` and the loss of each noise level."""
         self._log_scores("val")
 
     def on_test_epoch_start(self) -> None:
+        """Reset the sum of errors, and their number, of each noise level."""
         self.on_validation_epoch_start()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add up the errors of a batch."""
         self._score(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
+        """Log `test/loss` and the loss of each noise level."""
         self._log_scores("test")
 
-    def learning(self) -> nn.Module:
+    def trainable_module(self) -> nn.Module:
+        """This module itself, whose `no_weight_decay()` knows the parameters of positions."""
         return self
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone: what positions learn, and what labels mean."""
-        spared = [name for name, module in self.named_modules() if isinstance(module, (Position, nn.Embedding))]
-        return {name for name, _ in self.named_parameters() if name.startswith(tuple(f"{part}." for part in spared))}
+        """Names of parameters without weight decay: those of positions and of label embeddings."""
+        undecayed = [name for name, module in self.named_modules() if isinstance(module, (Position, nn.Embedding))]
+        prefixes = tuple(f"{name}." for name in undecayed)
+        return {name for name, _ in self.named_parameters() if name.startswith(prefixes)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the configuration of the denoiser, which `sampling.load` reads."""
         checkpoint["denoiser"] = sampling.describe(self.denoiser)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError for a checkpoint of a model with a different kind of prediction."""
         match checkpoint.get("denoiser"):
             case {"noise": {"prediction_type": str(learned)}} if learned != self.noise.config.prediction_type:
                 names = {kind: name for name, kind in PREDICTIONS.items()}
-                was, wanted = names.get(learned, learned), names[self.noise.config.prediction_type]
+                trained, configured = names.get(learned, learned), names[self.noise.config.prediction_type]
                 raise ValueError(
-                    f"the checkpoint's model has learned to predict {was}, not {wanted}: "
-                    f"set prediction: {was}, or train anew"
+                    f"the checkpoint's model was trained to predict {trained}, not {configured}: "
+                    f"set prediction: {trained}, or train from scratch"
                 )
 
     def export(self, folder: Path, state_dict: dict[str, Tensor], extra: dict[str, Any]) -> Path:
-        """Write a diffusers pipeline's folder with the weights of this `state_dict`."""
-        model = type(self.model).from_config(self.model.config)  # this one may lie in shards by now
+        """Write a diffusers pipeline with the weights of this module's `state_dict` to a folder."""
+        model = type(self.model).from_config(self.model.config)  # self.model may be sharded
         model.load_state_dict({key.removeprefix("model."): value for key, value in state_dict.items()})
-        with replacing_folder(folder) as beside:
-            sampling.save(self.denoiser._replace(model=model), beside)
+        with replacing_folder(folder) as temporary:
+            sampling.save(self.denoiser._replace(model=model), temporary)
         return folder
 
     def _check(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor | None]:
         images, labels = batch
-        wanted = (self.model.config.in_channels, *self.denoiser.size)
-        if images.shape[1:] != wanted:
-            raise ValueError(f"{self.name} was built for images {wanted}, the data have {tuple(images.shape[1:])}")
-        if batch_idx == 0 and (most := float(images.abs().max())) > 1.01:  # not each time, for it waits for the device
-            raise ValueError(f"a DDPM wants images in [-1, 1], the data reach {most:.2f}; give them mean and std 0.5")
+        shape = (self.model.config.in_channels, *self.denoiser.size)
+        if images.shape[1:] != shape:
+            raise ValueError(f"{self.name} was built for images {shape}, the data have {tuple(images.shape[1:])}")
+        # in the first batch only, because it waits for the device
+        if batch_idx == 0 and (largest := float(images.abs().max())) > 1.01:
+            raise ValueError(f"a DDPM needs images in [-1, 1], the data reach {largest:.2f}; use mean and std 0.5")
         return images, labels if self.classes else None
 
     def _errors(self, images: Tensor, noise: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
-        """Squared errors (B,) of the predictions, each the mean over an image."""
+        """Squared errors (B,) of the predictions, averaged over each image."""
         prediction = self(self.noise.add_noise(images, noise, time), time, labels)
         target = make_target(self.noise, images, noise, time)
         return (prediction.float() - target).square().flatten(1).mean(dim=1)
 
     def _score(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add up the errors of a batch; one image after another is seen at the next level, whatever a batch's size."""
+        """Add up the errors of a batch.
+
+        Successive images get successive noise levels, whatever the batch size.
+        """
         images, labels = self._check(batch, batch_idx)
-        steps, seen = len(self.noise.betas), int(self.scores[1].sum())
-        level = (torch.arange(len(images), device=self.device) + seen) % LEVELS
+        steps, count = len(self.noise.betas), int(self.scores[1].sum())
+        level = (torch.arange(len(images), device=self.device) + count) % LEVELS
         generator = self._generator(0, 0, batch_idx, self.global_rank)
         noise = torch.randn(images.shape, generator=generator, device=self.device)
-        within = torch.rand(len(images), generator=generator, device=self.device)
-        errors = self._errors(images, noise, ((level + within) * steps / LEVELS).long(), labels)
-        found = torch.stack((errors, torch.ones_like(errors))).double().cpu()
-        self.scores.index_add_(1, level.cpu(), found)
+        offset = torch.rand(len(images), generator=generator, device=self.device)  # within the level
+        errors = self._errors(images, noise, ((level + offset) * steps / LEVELS).long(), labels)
+        errors_and_counts = torch.stack((errors, torch.ones_like(errors))).double().cpu()
+        self.scores.index_add_(1, level.cpu(), errors_and_counts)
 
     def _log_scores(self, split: str) -> None:
+        """Log the mean error of each noise level and of all, over all processes."""
         totals = self.trainer.strategy.reduce(self.scores.to(self.device, torch.float32), reduce_op="sum")
         errors, counts = cast(Tensor, totals).cpu()
         for level in counts.nonzero()[:, 0].tolist():
@@ -196,84 +221,102 @@ class Diffusion(Learner):
         self.log(f"{split}/loss", errors.sum() / counts.sum(), sync_dist=True)
 
     def _draw(self) -> None:
-        """Every so many epochs, and after the last, a picture of samples into the run's folder."""
+        """Write a grid of samples, every `sample_every` epochs and after the last."""
         trainer: Any = self.trainer
-        epoch, folder = self.current_epoch + 1, getattr(trainer.checkpoint_callback, "dirpath", None)
+        epoch, checkpoints = self.current_epoch + 1, getattr(trainer.checkpoint_callback, "dirpath", None)
         due = self.sample_every and (epoch % self.sample_every == 0 or epoch == trainer.max_epochs)
         fitting = trainer.state.fn == "fit" and not trainer.fast_dev_run
-        if due and fitting and folder:  # the run's folder is the one with its checkpoints
-            path = Path(folder).parent / "samples" / f"epoch_{epoch:04}.png"
-            chosen = (self.sample_count, self.sample_steps, self.sample_scheduler, None, self._sample_labels())
-            images = sampling.sample(self.denoiser, *chosen)  # by every process: sharded weights are gathered by all
+        if due and fitting and checkpoints:
+            path = Path(checkpoints).parent / "samples" / f"epoch_{epoch:04}.png"
+            images = sampling.sample(  # in all processes, which together gather sharded weights
+                self.denoiser, self.sample_count, self.sample_steps, self.sample_scheduler, labels=self._sample_labels()
+            )
             if trainer.is_global_zero:
                 sampling.write_png(sampling.image_grid(images, self.classes), path)
 
     def _sample_labels(self) -> list[int] | None:
+        """All classes, or None for an unconditional model."""
         return list(range(self.classes)) or None
 
     def _generator(self, seed: int, epoch: int, batch_idx: int, rank: int) -> torch.Generator:
+        """A random generator on the device that is seeded with these numbers."""
         number = ((seed * 1_000_003 + epoch) * 1_000_003 + batch_idx) * 1_003 + rank
         return torch.Generator(self.device).manual_seed(number % 2**63)
 
 
 def make_noise(timesteps: int, beta_schedule: str, prediction_type: str) -> Any:
-    """diffusers' DDPMScheduler; ValueError where its last level still shows the image, which sampling could not."""
-    from diffusers import DDPMScheduler  # seconds of import that a classifier's training need not wait for
+    """diffusers' DDPMScheduler.
+
+    Raises ValueError for a schedule whose last noise level still shows the image: sampling starts
+    from pure noise, which the model would never have seen.
+    """
+    from diffusers import DDPMScheduler  # takes seconds, which training a classifier should not wait for
 
     if timesteps < 2:
-        raise ValueError(f"a DDPM wants at least 2 timesteps, got {timesteps}")
+        raise ValueError(f"a DDPM needs at least 2 timesteps, got {timesteps}")
     noise: Any = DDPMScheduler(timesteps, beta_schedule=beta_schedule, prediction_type=prediction_type)
-    left = math.sqrt(float(noise.alphas_cumprod[-1]))
-    if left > 0.05:
+    remaining = math.sqrt(float(noise.alphas_cumprod[-1]))
+    if remaining > 0.05:
         raise ValueError(
-            f"after {timesteps} timesteps the {beta_schedule} schedule leaves {left:.0%} of the image, but sampling "
-            f"starts from none; take squaredcos_cap_v2, which fits any number of steps, or 1000 timesteps"
+            f"after {timesteps} timesteps the {beta_schedule} schedule leaves {remaining:.0%} of the image, but "
+            "sampling starts from pure noise; use squaredcos_cap_v2, which fits any number of steps, or 1000 timesteps"
         )
     return noise
 
 
 def create(name: str, args: dict[str, Any], facts: dict[str, Any]) -> Any:
-    """The model of this class for the data's facts; ValueError or TypeError for arguments that do not fit."""
-    import inspect
+    """A model of the class `name` with the arguments `args` and `facts`.
 
+    `facts` are the arguments that the data determine. Raises ValueError or TypeError, of one line,
+    for arguments that do not fit.
+    """
+    # these imports load diffusers, which takes seconds
     if name == "RopeDiT":
         from ..models.dit import RopeDiT as cls
     elif name == "RopeUNet2DModel":
         from ..unet.classes import RopeUNet2DModel as cls
     else:
         raise ValueError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
-    known = list(inspect.signature(cls.__init__).parameters)[1:]
+    parameters = list(inspect.signature(cls.__init__).parameters)[1:]
     for key in args:
         if key in facts:
             raise ValueError(f"model_args give {key}, which comes from the data; leave it out")
-        if key not in known:
-            near = get_close_matches(key, known, n=3) or known
+        if key not in parameters:
+            near = get_close_matches(key, parameters, n=3) or parameters
             raise TypeError(f"{name} has no argument {key!r}; did you mean {', '.join(near)}?")
     try:
         return cls(**args, **facts)
     except (ValueError, TypeError):
-        raise  # in words of our own or diffusers'
-    except Exception as error:  # a model's constructor raises about anything at arguments that it does not expect
+        raise  # from this library or diffusers, with a message that explains it
+    except Exception as error:  # for arguments it does not expect, a constructor may raise any exception
         raise ValueError(f"{name} with {args}: {one_line(error)}") from error
 
 
-def make_target(noise: Any, images: Tensor, drawn: Tensor, time: Tensor) -> Tensor:
-    """What the model should predict for images under the noise `drawn`, by the kind of prediction of `noise`."""
-    match noise.config.prediction_type:
+def make_target(scheduler: Any, images: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    """What the model should predict, by the `prediction_type` of diffusers' scheduler.
+
+    Args:
+        scheduler: diffusers' DDPMScheduler
+        images: (B, C, H, W)
+        noise: standard normal noise (B, C, H, W)
+        time: timesteps (B,)
+    """
+    match scheduler.config.prediction_type:
         case "epsilon":
-            return drawn
+            return noise
         case "sample":
             return images
         case _:
-            return noise.get_velocity(images, drawn, time)
+            return scheduler.get_velocity(images, noise, time)
 
 
-def snr_weight(noise: Any, time: Tensor, gamma: float) -> Tensor:
-    """Min-SNR weights (B,) of squared errors (arXiv:2303.09556): min(SNR, gamma) of the image's own error.
+def snr_weight(scheduler: Any, time: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weights (B,) of the squared errors at timesteps (B,) (arXiv:2303.09556).
 
-    The error of the image is that of the noise divided by the SNR, and that of the velocity divided by SNR + 1.
+    The weight of an error in the image is min(SNR, gamma). An error in the image is the error in
+    the noise divided by the SNR, and the error in the velocity divided by SNR + 1.
     """
-    kept = noise.alphas_cumprod.to(time.device)[time]
-    snr = kept / (1 - kept)
+    alpha_bar = scheduler.alphas_cumprod.to(time.device)[time]
+    snr = alpha_bar / (1 - alpha_bar)
     weight = snr.clamp(max=gamma)
-    return weight / {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1}[noise.config.prediction_type]
+    return weight / {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1}[scheduler.config.prediction_type]

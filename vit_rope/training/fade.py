@@ -1,4 +1,4 @@
-"""Weaning a trained model off its learned table."""
+"""Fade out the learned position table of a trained model."""
 
 import math
 from typing import Any
@@ -9,14 +9,14 @@ from ..positions.absolute.wrappers import Gate
 
 
 class Fade(Callback):
-    """Turn every `gate(…)` of the model from 1 to 0 along half a cosine, while the rest of it learns.
+    """Move every `gate(…)` of the model from 1 to 0 along half a cosine, while it is trained.
 
-    For fine-tuning a model that `ropeify(…, ape="gate")` made: its new positions take over as the table fades out.
-    Raises ValueError for a model without a gate.
+    For fine-tuning a model that `ropeify(…, ape="gate")` made: its new positions take over while
+    the table fades out. Raises ValueError for a model without a gate.
 
     Args:
-        start: share of the training steps after which the gate begins to close
-        stop: share after which it is closed
+        start: fraction of the training steps after which the gates begin to close
+        stop: fraction of the training steps after which they are closed
     """
 
     def __init__(self, start: float = 0.0, stop: float = 0.5):
@@ -26,14 +26,16 @@ class Fade(Callback):
         self.gates: list[Gate] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the gates and take them away from the optimizer."""
         self.gates = [module for module in pl_module.modules() if isinstance(module, Gate)]
         if not self.gates:
-            raise ValueError('Fade closes gates, and this model has none; give it position="… + gate(learned)"')
+            raise ValueError('Fade closes gates, but this model has none; give it position="… + gate(learned)"')
         for gate in self.gates:
-            gate.gate.requires_grad_(False)  # this schedule sets it, not the optimizer
+            gate.gate.requires_grad_(False)  # set by this schedule
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the gates for this step."""
         done = trainer.global_step / max(1.0, trainer.estimated_stepping_batches - 1)  # the last step is at 1
-        share = min(max((done - self.start) / (self.stop - self.start), 0.0), 1.0)
+        closed = min(max((done - self.start) / (self.stop - self.start), 0.0), 1.0)
         for gate in self.gates:
-            gate.gate.fill_(0.5 + 0.5 * math.cos(math.pi * share))
+            gate.gate.fill_(0.5 + 0.5 * math.cos(math.pi * closed))

@@ -1,4 +1,8 @@
-"""TODO training.seeds from ['training.callbacks', 'training.batches']."""
+"""Seeds that make a run repeatable, also when it is resumed within an epoch.
+
+What is random in a training step is seeded with (seed, epoch, batch, process), and what is random
+about an image with a seed that its index carries. So no state of a random generator is saved.
+"""
 
 import random
 from collections.abc import Iterator
@@ -12,35 +16,43 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 
 class Reseed(Callback):
-    """Let what is random within a step (dropout, mixup, noise) follow from (seed, epoch, batch, process) alone.
+    """Seed what is random in a step (dropout, mixup, noise) with (seed, epoch, batch, process).
 
-    A run that goes on from a checkpoint then draws what it would have drawn, and no state of a generator is kept. It
-    goes on with the batch that would have come next.
+    A run that resumes from a checkpoint then draws the same numbers as a run that was never
+    stopped, and no state of a generator is saved. It resumes with the batch that comes next. By
+    hand because Lightning's `seed_everything` seeds only the start of a run.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the seed of the run."""
         self.seed = torch.initial_seed()
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Hand the loader its state: Lightning has none yet when the schedule makes it count the batches (2.6)."""
+        """Restore the state of the data loader.
+
+        Lightning 2.6 does not when the schedule counts the batches, which creates the loader
+        before its state is known.
+        """
         trainer.fit_loop._load_combined_loader_states()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seed this step."""
         reseed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        torch.manual_seed(self.seed)  # for whoever asks what the seed of this process is
+        """Set the seed of the run again, for code that reads the seed of this process."""
+        torch.manual_seed(self.seed)
 
 
 class SeededIndex(int):
-    """An index that brings along the seed of what is random about its image."""
+    """An index of an image, with the seed of what is random about that image."""
 
     seed: int
 
     def __new__(cls, index: int, seed: int) -> "SeededIndex":
-        pick = super().__new__(cls, index)
-        pick.seed = seed
-        return pick
+        seeded_index = super().__new__(cls, index)
+        seeded_index.seed = seed
+        return seeded_index
 
     def __reduce__(self) -> tuple[type, tuple[int, int]]:
         return SeededIndex, (int(self), self.seed)
@@ -48,7 +60,7 @@ class SeededIndex(int):
 
 @contextmanager
 def seeded(index: int) -> Iterator[None]:
-    """Let what the block draws follow from the seed of an index, and nothing outside notice."""
+    """Seed the block with the seed of a `SeededIndex`; the generators outside are not affected."""
     if isinstance(index, SeededIndex):
         with isolate_rng(include_cuda=False):
             reseed(index.seed)
@@ -58,8 +70,8 @@ def seeded(index: int) -> Iterator[None]:
 
 
 def reseed(*numbers: int) -> None:
-    """Let what is drawn next, by torch, numpy or Python, follow from these numbers alone."""
+    """Seed the generators of torch, NumPy and Python with these numbers."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - which timm's Mixup draws from
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - timm's Mixup uses this generator
     random.seed(seed)
