@@ -1,4 +1,4 @@
-"""Train, validate and test: `python train.py fit --config configs/digits_vit.yaml` is `vit-rope fit --config …`."""
+"""`python train.py VERB …` is `vit-rope VERB …`, such as fit --config configs/digits_vit.yaml."""
 
 from vit_rope_cli import main
 

@@ -1,7 +1,7 @@
 """The command line, `vit-rope VERB …`. It knows the verbs and loads nothing before one is chosen.
 
-The module is next to the package, not inside it, because importing the package loads torch and timm, which takes
-seconds.
+The module is next to the package, not inside it, because importing the package loads torch and
+timm, which takes seconds.
 """
 
 import importlib
@@ -28,10 +28,11 @@ EXTRA = ("lightning", "jsonargparse", "docstring_parser", "rich", "diffusers", "
 def main(args: Sequence[str] | None = None) -> None:
     """Run one verb with the arguments after it, those of the process by default.
 
-    A verb that does not exist ends the process with status 2, a package that is not installed with status 1.
+    A verb that does not exist ends the process with status 2, a package that is not installed with
+    status 1.
     """
-    # By default idle OpenMP threads spin, which is several times slower on cores that other processes share.
-    # torch reads this when it is imported.
+    # By default idle OpenMP threads spin, which is several times slower on cores that other
+    # processes share. torch reads this when it is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     verb, *options = (sys.argv[1:] if args is None else args) or ["--help"]
     if verb in ("-h", "--help"):

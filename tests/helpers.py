@@ -137,10 +137,10 @@ CONFIG = {
 
 
 def run(*args: object) -> None:
-    from vit_rope.cli.fit import main
+    from vit_rope.cli.fit import train
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        main(["fit", *map(str, args)])
+        train(["fit", *map(str, args)])
 
 
 def last(folder: Path) -> dict:

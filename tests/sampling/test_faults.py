@@ -161,7 +161,7 @@ def test_an_interrupt_says_what_is_written(pipeline, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as end:
         cli_sample.main([str(pipeline), "--label", "1", "--out", str(tmp_path / "a.png")])
     assert end.value.code == 130
-    assert "stopped; images in --png-dir are whole" in capsys.readouterr().err
+    assert "stopped; images in --png-dir are complete" in capsys.readouterr().err
 
 
 def test_quality_looks_before_it_works(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from tests.helpers import CLASSIFIER, CONFIG, assert_same, last, numbers, run
 from vit_rope import files
-from vit_rope.cli.fit import main
+from vit_rope.cli.fit import train
 from vit_rope.files import replacing
 from vit_rope.training.classification import Classification
 from vit_rope.training.data.loader import loader
@@ -230,7 +230,7 @@ def test_finished_run_is_left_as_it_is(config, tmp_path, capsys):
     run("--config", config, "--out", out, "--trainer.max_epochs", 2)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     for options in ((), ("--trainer.max_epochs", 1), ("--out", tmp_path / "other")):
-        main(["fit", "--ckpt_path", str(out), *map(str, options)])
+        train(["fit", "--ckpt_path", str(out), *map(str, options)])
         told = [line for line in capsys.readouterr().err.splitlines() if "had finished" in line]
         assert len(told) == 1, told
         assert re.search(r"last\.ckpt had finished at epoch 2, step 12: .*; raise --trainer\.max_epochs", told[0])
@@ -319,7 +319,7 @@ def test_ctrl_c_between_steps_says_how_to_go_on(config, tmp_path, monkeypatch, c
     args = ["--import", "fix_run_mine", "--config", config, "--out", str(out), "--trainer.max_epochs", "1"]
     try:
         with pytest.raises(SystemExit) as caught:
-            main(["fit", *args])
+            train(["fit", *args])
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
     assert caught.value.code == 130

@@ -14,7 +14,7 @@ import yaml
 
 from tests.helpers import CLASSIFIER, CONFIG, assert_same, last, numbers, run
 from tests.processes import finish, start
-from vit_rope.cli.fit import main
+from vit_rope.cli.fit import train
 from vit_rope.training.data.loader import Loader, ResumableSampler, SeededDataset, loader
 from vit_rope.training.seeds import SeededIndex
 
@@ -161,7 +161,7 @@ def test_malformed_checkpoint_is_no_fresh_start(whole, tmp_path, name, value):
     assert not (tmp_path / "r").exists()
     if name in ("state_dict", "callbacks", "loops"):
         with pytest.raises(ValueError, match=rf"bad\.ckpt is no checkpoint of a run: its {name}"):
-            main(["validate", "--ckpt_path", str(tmp_path / "bad.ckpt")])
+            train(["validate", "--ckpt_path", str(tmp_path / "bad.ckpt")])
 
 
 def test_weights_in_training_that_are_gone(whole, tmp_path):
@@ -200,7 +200,7 @@ def test_denoiser_that_learned_another_prediction(whole, command):
         ValueError,
         match=r"^the checkpoint's model has learned to predict v, not epsilon: set prediction: v, or train anew$",
     ):
-        main([command, "--ckpt_path", str(whole["denoiser"]), "--model.prediction", "epsilon"])
+        train([command, "--ckpt_path", str(whole["denoiser"]), "--model.prediction", "epsilon"])
 
 
 # The parts

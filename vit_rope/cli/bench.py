@@ -1,4 +1,4 @@
-"""The command `vit-rope bench`: speed and memory as ratios to a reference that is measured in the same rounds."""
+"""The command `vit-rope bench`: speed and memory, relative to a reference."""
 
 import importlib
 import inspect

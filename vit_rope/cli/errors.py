@@ -1,4 +1,4 @@
-"""Errors as a person at a terminal meets them: one line where the message says all, a traceback where it does not."""
+"""Errors at a terminal: one line if the message is enough, a traceback if it is not."""
 
 import os
 import sys
@@ -20,8 +20,8 @@ def one_line_errors(
 ) -> Iterator[None]:
     """Report exceptions of these kinds in one line and end the process.
 
-    Exceptions of other kinds keep their traceback. So do all of them if the environment sets VIT_ROPE_TRACEBACK=1,
-    or if `unless()` is true.
+    Exceptions of other kinds keep their traceback. So do all of them if the environment sets
+    VIT_ROPE_TRACEBACK=1, or if `unless()` is true.
     """
     try:
         yield
@@ -37,8 +37,8 @@ def one_line_errors(
 def message(error: Exception) -> str:
     """The message of an exception in one line.
 
-    An exception of a DataLoader worker arrives as one of the same class whose text is the worker's traceback, so the
-    last line is what the worker's exception said, after the name of its class.
+    An exception of a DataLoader worker arrives as one of the same class whose text is the worker's
+    traceback, so the last line is what the worker's exception said, after the name of its class.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Caught ") and " in DataLoader worker process " in lines[0]:

@@ -1,4 +1,4 @@
-"""The commands `vit-rope fit`, `validate` and `test`: from a YAML file, from a checkpoint, or from both."""
+"""The commands `vit-rope fit`, `validate` and `test`, from a YAML file, a checkpoint, or both."""
 
 import importlib
 import logging
@@ -29,7 +29,7 @@ from . import usage
 from .errors import one_line_errors
 from .parsers import OneLineErrors
 
-# the last two are raised for settings as well: a number that is too large, and combinations that Lightning refuses
+# the last two come of settings too: numbers that are too large, and what Lightning refuses
 SETTINGS_ERRORS = (ValueError, TypeError, OSError, OverflowError, MisconfigurationException)
 
 
@@ -38,7 +38,7 @@ class Parser(OneLineErrors, LightningArgumentParser):
 
 
 class FirstStep(Callback):
-    """Notes that training has begun: from then on an error is not about settings, and its traceback tells more."""
+    """Notes that training has begun. Later errors are not about settings: they need a traceback."""
 
     began = False
 
@@ -47,7 +47,9 @@ class FirstStep(Callback):
 
 
 class CLI(LightningCLI):
-    """LightningCLI with one folder per run and a configuration inside each checkpoint, which the command line overrides.
+    """LightningCLI with one folder per run, and a configuration inside each checkpoint.
+
+    The command line overrides the YAML file and the configuration of the checkpoint.
 
     Args:
         args: arguments of the command line, the first of which is the verb
@@ -106,39 +108,41 @@ class CLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Find and check the checkpoint; unlike Lightning's, leave settings as YAML and command line have them."""
+        """Find and check the checkpoint. Unlike Lightning, keep the settings as they are."""
         config = self.config[self.config.subcommand]
         if config.ckpt_path:
-            fits = self.config.subcommand == "fit"
-            path = files.find(config.ckpt_path, config.out, "last" if fits else "best")
-            trust.check_parts(files.read(path), path, resumes=fits)
+            fit = self.config.subcommand == "fit"
+            path = files.find(config.ckpt_path, config.out, "last" if fit else "best")
+            trust.check_parts(files.read(path), path, resumes=fit)
             config.ckpt_path = str(path)
-            config.model.get("init_args", {}).pop("weights", None)  # the checkpoint's are later ones
+            config.model.get("init_args", {}).pop("weights", None)  # the checkpoint replaces them
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
         if issubclass(_class(config.model.class_path), Classification):
             check_name(config.model.init_args.model)
-        first = getattr(rank_zero_only, "rank", 0) == 0
-        if first and self.subcommand == "fit" and not config.trainer.fast_dev_run:
+        main_process = getattr(rank_zero_only, "rank", 0) == 0
+        if main_process and self.subcommand == "fit" and not config.trainer.fast_dev_run:
             check_free(Path(config.out), config.ckpt_path, config.overwrite)
 
     def instantiate_classes(self) -> None:
+        """Make model, data and trainer. Whatever they raise is an error in the settings, in one line."""
         try:
             super().instantiate_classes()
         except Exception as error:
-            said: BaseException = error
+            cause: BaseException = error
             if error.__cause__ is not None and str(error).startswith("Does not validate against any of the Union"):
-                said = error.__cause__  # what the class said, without jsonargparse's account of where it asked
-            kinds = [kind for kind in (FileNotFoundError, OSError, TypeError) if isinstance(said, kind)]
-            raise (kinds or [ValueError])[0](files.one_line(said)) from error
+                cause = error.__cause__  # the message of the class, without those of jsonargparse
+            kinds = [kind for kind in (FileNotFoundError, OSError, TypeError) if isinstance(cause, kind)]
+            raise (kinds or [ValueError])[0](files.one_line(cause)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        given: Any = self.config_init[str(self.subcommand)]
-        config, out = given["trainer"], given["out"]
+        """Make the trainer, with the metrics file, the checkpoints and the progress line of this library."""
+        settings: Any = self.config_init[str(self.subcommand)]
+        config, out = settings["trainer"], settings["out"]
         if config.logger is not False:
-            asked = [] if config.logger in (None, True) else config.logger
-            loggers = asked if isinstance(asked, list) else [asked]
+            configured = [] if config.logger in (None, True) else config.logger
+            loggers = configured if isinstance(configured, list) else [configured]
             kwargs["logger"] = [MetricsLogger(out, str(self.subcommand)), *loggers]
         plugins = config.plugins or []
         kwargs["plugins"] = [AtomicIO(), *(plugins if isinstance(plugins, list) else [plugins])]
@@ -170,8 +174,8 @@ class CLI(LightningCLI):
 def main(args: Sequence[str], verb: str = "fit") -> None:
     """Run `vit-rope fit`, `validate` or `test`.
 
-    Before the first training step a ValueError, TypeError or OSError ends the process with one line and status 1.
-    Later ones and all others keep their traceback.
+    Before the first training step a ValueError, TypeError or OSError ends the process with one
+    line and status 1. Later ones and all other exceptions keep their traceback.
     """
     first_step = FirstStep()
     where = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
@@ -219,7 +223,7 @@ def pop_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def with_checkpoint(args: list[str], modules: list[str]) -> list[str]:
-    """The arguments, with the configuration inside `--ckpt_path` in front if no `--config` is given."""
+    """The arguments; without `--config` the configuration inside `--ckpt_path` comes first."""
     (ckpt_paths, _), (outs, _) = _known(args, "--ckpt_path"), _known(args, "--out")
     if not ckpt_paths or _known(args, "--config", "-c")[0]:
         return args
@@ -246,23 +250,23 @@ def print_scores(trainer: Any) -> None:
 
 
 def filter_warnings() -> None:
-    """Drop what Lightning and torch say at every run and no user of ours can act on."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of calls that Lightning makes
+    """Drop the messages of Lightning and torch that appear in every run and need no action."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # for calls of Lightning
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_worth_saying)
+        logging.getLogger(name).addFilter(_is_useful)
     for message in (
-        r".*does not have many workers",  # sets in memory are fastest without
+        r".*does not have many workers",  # datasets in memory are fastest without
         r".*isinstance\(treespec, LeafSpec\)",
         r"The number of training batches \(\d+\) is smaller than the logging interval",
-        r"The dirpath has changed from",  # the folder was moved
-        r"Checkpoint directory .* exists and is not empty",  # a resumed run, or checked by us
-        r"`training_step` returned `None`",  # a batch that was left out, of which we tell ourselves
+        r"The dirpath has changed from",  # the run's folder was moved
+        r"Checkpoint directory .* exists and is not empty",  # a resumed run; new ones are checked by this library
+        r"`training_step` returned `None`",  # a skipped batch, which is reported by this library
         r"Found .* module\(s\) in eval mode",
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _is_useful(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(("💡", "TPU available", "Loading `train_dataloader` to estimate"))
 
 

@@ -1,4 +1,4 @@
-"""Command-line parsers that are read from the signature and the docstring of the function that a verb runs."""
+"""Command-line parsers that are read from the signature and the docstring of a function."""
 
 import argparse
 import inspect
@@ -11,11 +11,11 @@ from jsonargparse import ArgumentParser
 
 WORDS = {"<class '": "", "'>": "", "typing.": "", "Expected a ": "expected ", "Expected ": "expected "}
 WORDS |= {". Got value:": ", got", "dot import path string": "the name of a known class"}
-NOT_SAID = ("NoneType", "Expected a path but")  # alternatives that jsonargparse lists and nobody means
+NOT_SAID = ("NoneType", "Expected a path but")  # alternatives that jsonargparse lists but users do not mean
 
 
 class OneLineErrors(ArgumentParser):
-    """A jsonargparse parser that reports an error in one line, without the usage, and exits with status 2."""
+    """A jsonargparse parser that exits with status 2 and one line of text on an error."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         self.exit(2, f"error: {shorten(message)} (--help lists the options)\n")
@@ -24,14 +24,14 @@ class OneLineErrors(ArgumentParser):
 class VerbParser(OneLineErrors):
     """The options of one verb: the parameters of a function, described by its docstring.
 
-    Parameters without a default are positional arguments, keyword-only ones without a default are required options.
-    A sequence takes several words (`--labels 3 4`), a bool is a flag (`--floor`, `--no-floor`), and underscores become
-    dashes (`--png-dir`).
+    Parameters without a default are positional arguments, keyword-only ones without a default are
+    required options. A sequence takes several words (`--labels 3 4`), a bool is a flag (`--floor`,
+    `--no-floor`), and underscores become dashes (`--png-dir`).
 
     Args:
         prog: name of the command in messages, such as "vit-rope sample"
         function: called with the arguments; its docstring is the help
-        config: a dataclass, for the parameter `config` of the function; its fields become options too
+        config: a dataclass for the parameter `config` of the function; its fields become options
         aliases: further names of options, such as {"labels": "label"}
         defaults: default values that differ from those of the signatures
     """
@@ -49,7 +49,9 @@ class VerbParser(OneLineErrors):
         self.function, self.config, self.aliases = function, config, aliases or {}
         self.hints = get_type_hints(function) | (get_type_hints(config) if config else {})
         super().__init__(prog=prog, description="\n\n".join(paragraphs), formatter_class=HelpFormatter)
-        self.add_function_arguments(function, as_group=False, as_positional=True, skip={"config"})
+        self.add_function_arguments(
+            function, as_group=False, as_positional=True, skip=set() if config is None else {"config"}
+        )
         if config is not None:
             self.add_class_arguments(config, as_group=False)
         self.set_defaults(defaults)
@@ -99,7 +101,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28, width=width)
 
     def add_argument(self, action: argparse.Action) -> None:
-        """Add the help of one argument; options such as --data.transforms.help of jsonargparse get none."""
+        """Add the help of one argument, except of options such as --data.augment.help."""
         if not any(name.endswith(".help") for name in action.option_strings):
             super().add_argument(action)
 
@@ -113,7 +115,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def shorten(message: str) -> str:
-    """What was expected and what was given, of an error of jsonargparse, which lists each alternative of a type."""
+    """An error of jsonargparse in one line: what was expected, and what was given.
+
+    jsonargparse itself lists each alternative of a type in a line of its own.
+    """
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
     if len(lines) > 2:
         value = lines[-1].removeprefix("Given value: ")

@@ -30,7 +30,7 @@ def quality(
     Args:
         run: a run of Diffusion: its folder, or one of its checkpoints
         judge: a run of a classifier on the same data, or "inception"
-        weights: for --judge inception, a file: weights-inception-2015-12-05-6726825d.pth of torch-fidelity
+        weights: for --judge inception: weights-inception-2015-12-05-6726825d.pth of torch-fidelity
         n: number of samples, and of real images for the floor
         reference: number of training images that distances are measured from
         floor: score real test images too

@@ -4,7 +4,7 @@ Shapes   B images of a batch, C channels (1 or 3), H height, W width.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -70,8 +70,8 @@ def draw(
 ) -> tuple[Tensor, list[Tensor]]:
     """The images (n, C, H, W), and the steps of their denoising for a film, if those are kept.
 
-    Each batch is written to `png_dir` at once, in files that are numbered from `first_number`. A terminal gets a
-    progress bar.
+    Each batch is written to `png_dir` at once, in files that are numbered from `first_number`. A
+    terminal gets a progress bar.
     """
     console, frames, batches = Console(stderr=True), list[Tensor](), list[Tensor]()
     with Progress(*COLUMNS, console=console, expand=True, disable=not console.is_terminal) as bar:
@@ -89,7 +89,7 @@ def draw(
     return torch.cat(batches), frames
 
 
-def write_pngs(images: Iterable[Tensor], folder: Path, first_number: int) -> None:
+def write_pngs(images: Tensor, folder: Path, first_number: int) -> None:
     """Write images (B, C, H, W) as files of one folder, numbered from `first_number`."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(to_bytes(images), start=first_number):
@@ -97,7 +97,7 @@ def write_pngs(images: Iterable[Tensor], folder: Path, first_number: int) -> Non
 
 
 def check_files(out: Path, gif: Path | None, png_dir: Path | None, overwrite: bool) -> None:
-    """Raise a ValueError for files that exist already or cannot be written, before anything is sampled."""
+    """Raise a ValueError for files that exist or cannot be written, before anything is sampled."""
     for path in filter(None, (out, gif, png_dir)):
         exists = any(path.iterdir()) if path.is_dir() else path.exists()
         if exists and not overwrite:

@@ -1,4 +1,7 @@
-"""The command `vit-rope schemes`: a table of all position schemes. It needs no package of the `train` extra."""
+"""The command `vit-rope schemes`: a table of all position schemes.
+
+It needs no package of the extra `train`.
+"""
 
 import argparse
 import inspect
@@ -22,7 +25,7 @@ unbounded   coordinates outside the training grid are told apart too
 
 def main(args: Sequence[str]) -> None:
     """Run `vit-rope schemes`."""
-    # by hand, for one option: jsonargparse, which reads the options of other verbs, is in the extra `train`
+    # without jsonargparse, which is in the extra `train`
     parser = argparse.ArgumentParser(
         "vit-rope schemes", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,10 +39,10 @@ def main(args: Sequence[str]) -> None:
 
 
 def scheme_table(sort: str = "scheme", width: int = 120) -> str:
-    """A table of all registered schemes, sorted by a column, in lines of at most `width` characters.
+    """A table of all registered schemes, in lines of at most `width` characters.
 
-    A row has the properties, the first paragraph of the docstring, and the options. In less than 100 columns the
-    description stands below the properties.
+    A row has the properties, the first paragraph of the docstring, and the options. In less than
+    100 columns the description stands below the properties.
     """
     rows = []
     for name, factory in sorted(_SCHEMES.items()):
@@ -50,13 +53,13 @@ def scheme_table(sort: str = "scheme", width: int = 120) -> str:
     if sort in CLAIMS:
         rows.sort(key=lambda row: not row[1][CLAIMS.index(sort)])
     name_width = max(len(name) for name, *_ in rows)
-    head = f"{'scheme':<{name_width}}  " + "  ".join(CLAIMS)
-    wide = width >= 100
+    wide, gap = width >= 100, " " * (1 + (width >= 70))
+    head = gap.join((f"{'scheme':<{name_width}}", *CLAIMS))
     indent = " " * (len(head) + 2 if wide else 4)
     lines = [f"{head}  description (and options)" if wide else head]
     for name, claims, description, options in rows:
         marks = (f"{'yes' if claim else '-':<{len(title)}}" for claim, title in zip(claims, CLAIMS, strict=True))
-        first = "  ".join((f"{name:<{name_width}}", *marks))
+        first = gap.join((f"{name:<{name_width}}", *marks))
         text = [
             indent + line
             for part in (description, options and f"({options})")

@@ -1,8 +1,9 @@
-"""The command `vit-rope study`: many runs that differ only in their position scheme and in their seed.
+"""The command `vit-rope study`: many runs that differ only in position scheme and seed.
 
-`vit-rope study configs/study_ddpm_dit.yaml --position none axial --seed 0 1 2` makes all runs in one process. A study
-that was stopped continues with the same command. The results of all finished runs, also those of earlier studies, go
-to a CSV file, which `vit-rope plot study` draws. Any configuration works, and several at once.
+`vit-rope study configs/study_ddpm_dit.yaml --position none axial --seed 0 1 2` makes all runs in
+one process. A study that was stopped continues with the same command. The results of all finished
+runs, also those of earlier studies, go to a CSV file, which `vit-rope plot study` draws. Any
+configuration works, and several at once.
 """
 
 import csv
@@ -29,10 +30,11 @@ def study(
     steps: int = 20,
     options: Sequence[str] = (),
 ) -> None:
-    """Train a configuration with every position and seed, each in its own folder `out`/POSITION/SEED.
+    """Train a configuration with every position and seed, each in a folder `out`/POSITION/SEED.
 
-    Finished runs are not repeated. With a `judge` (the run of a classifier), n samples of each run, drawn in the given
-    number of steps, are scored too. `options` are added to the command line of every run.
+    Finished runs are not repeated. With a `judge` (the run of a classifier), n samples of each run,
+    drawn in the given number of steps, are scored too. `options` are added to the command line of
+    every run.
     """
     from .fit import main as fit  # loads Lightning, which a table of finished runs does not need
 
@@ -51,11 +53,11 @@ def study(
 
 
 def table(out: Path) -> list[dict[str, Any]]:
-    """A row for each validation of each finished run of a study in `out`, in the order in which they were made.
+    """A row for each validation of each finished run of a study in `out`, in order of time.
 
-    `host` names the model and the data, `step` is the number of optimizer steps before the validation; the rest is
-    what the validation measured. The last row of a run also has `seconds`, the time of the whole training, and the
-    scores of its samples.
+    `host` names the model and the data, `step` is the number of optimizer steps before the
+    validation; the rest is what the validation measured. The last row of a run also has `seconds`,
+    the time of the whole training, and the scores of its samples.
     """
     return [row for _, rows in sorted(map(_run, out.glob("*/*/summary.json")), key=lambda run: run[0]) for row in rows]
 
@@ -89,7 +91,7 @@ def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def split(args: Sequence[str], names: Collection[str]) -> tuple[list[str], list[str]]:
-    """The arguments of a command whose options have these names, and the options that it does not know."""
+    """The arguments of a command whose options have these names, and all other options."""
     known, further = list[str](), list[str]()
     target = known
     for word in args:
@@ -111,12 +113,12 @@ def main(args: Sequence[str]) -> None:
         steps: int = 20,
         csv: Path | None = None,
     ) -> None:
-        """Train configurations with several position schemes and seeds, and write a table of all finished runs.
+        """Train with several position schemes and seeds, and write a table of all finished runs.
 
-        All further options, such as --trainer.max_epochs 8, are those of vit-rope fit and apply to every run.
+        All further options are those of vit-rope fit, such as --trainer.max_epochs 8.
 
         Args:
-            config: YAML files as for vit-rope fit; runs go to the folder that `out` names, in POSITION/SEED
+            config: YAML files of vit-rope fit; runs go to the folder of `out`, in POSITION/SEED
             position: position schemes to train with; without any, only the table is written
             seed: seeds to train with (default: 0)
             judge: the run of a classifier, to score samples of a denoiser

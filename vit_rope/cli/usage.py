@@ -1,4 +1,4 @@
-"""The help of fit, validate and test: one screen for the command, and one for each class that a configuration names."""
+"""The help of fit, validate and test: one screen per command, and one per class."""
 
 import argparse
 import inspect
@@ -58,11 +58,15 @@ SECTIONS = {  # keys with arguments of their own, and their class
 
 
 def topic(args: Sequence[str]) -> str | None:
-    """The word after --help, "" if there is none, and None if help is not asked for. No options at all ask for it."""
-    for word, following in zip(args, [*args[1:], ""], strict=True):
-        if word in ("-h", "--help"):
-            return "" if following.startswith("-") else following
-    return None if args else ""
+    """The word after --help, or "" without one; None if no help is asked for.
+
+    A command without any options asks for help as well.
+    """
+    asked = next((i for i, word in enumerate(args) if word in ("-h", "--help")), None)
+    if asked is None:
+        return None if args else ""
+    following = args[asked + 1 : asked + 2]
+    return following[0] if following and not following[0].startswith("-") else ""
 
 
 def overview(verb: str) -> str:
