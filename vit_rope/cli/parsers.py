@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import shutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -109,6 +110,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         text = (action.help or "").replace("%", "%%")
         shown = not isinstance(action.default, bool | type(None)) and action.default not in ("", argparse.SUPPRESS)
         return f"{text} (default: %(default)s)" if shown else text
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return action.dest.rpartition(".")[2].upper()
