@@ -118,7 +118,7 @@ def test_damaged_checkpoints_are_named_in_a_line(checkpoint, tmp_path, damage, m
         (("--device", "foo"), "device"),
         (("--out", "taken/x.png"), "cannot write taken/x.png: taken is a file, not a folder"),
         (("--png-dir", "taken", "--overwrite"), "cannot write taken: taken is a file, not a folder"),
-        (("--guidance", "nan"), "guidance is a finite number, got nan"),
+        (("--guidance", ".nan"), "guidance is a finite number, got nan"),
     ],
 )
 def test_wishes_that_cannot_be(pipeline, tmp_path, monkeypatch, options, message):
