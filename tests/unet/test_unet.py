@@ -828,13 +828,13 @@ def test_linear_attention_turns_the_numerator_alone():
     encoding = build_at("", 0, "axial", layout, "")(layout.coords())
     q, k, v = torch.rand(3, 1, 1, 12, 8).unbind(0)
     out = lucidrains.attend_features(q, k, v, encoding)
-    turn = encoding.q.turn[0][0, :, 0]  # (N, R, 2)
+    turn = encoding.q.rotation[0][0, :, 0]  # (N, R, 2)
     rotation = torch.stack([torch.block_diag(*(torch.stack((c, -s, s, c)).view(2, 2) for c, s in t)) for t in turn])
     for m in range(12):  # RoFormer, equation 19, one token at a time
         weights = torch.stack([(rotation[m] @ q[0, 0, m]) @ (rotation[n] @ k[0, 0, n]) for n in range(12)])
         torch.testing.assert_close(out[0, 0, m], weights @ v[0, 0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="linear attention has no logits"):
-        lucidrains.attend_features(q, k, v, encoding._replace(bias=[torch.zeros(1, 1, 12, 12)]))
+        lucidrains.attend_features(q, k, v, encoding._replace(biases=[torch.zeros(1, 1, 12, 12)]))
 
 
 def test_lucidrains_bad_input(lucid):

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from ..attention import attend, attend_linear, attend_qkv, has_no_hooks
 from ..positions import Encoding, Position
-from ..positions.encoding import rotates_only
 from .maps import (
     Kind,
     MapLayout,
@@ -113,7 +112,7 @@ class PositionProcessor:
     def attend(self, attn: Any, x: Tensor, encoding: Encoding, mask: Tensor | None) -> Tensor:
         """Attention (B, H, N, D) of tokens (B, N, C); what turns alike is projected and turned at once."""
         projections = (attn.to_q, attn.to_k, attn.to_v)
-        if self.kind == "softmax" and rotates_only(encoding) and attn.norm_q is attn.norm_k is None:
+        if self.kind == "softmax" and encoding.rotates_only() and attn.norm_q is attn.norm_k is None:
             packed = pack(*projections)
             if packed is not None:
                 return attend_qkv(F.linear(x, *packed), attn.heads, encoding, mask=mask, overwrite=True)
