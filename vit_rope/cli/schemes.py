@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 
 from ..analysis.catalogue import CLAIMS, _claims
-from ..positions.specs import _SCHEMES
+from ..positions.specs import factory, schemes, signature
 from .errors import one_line_errors
 
 DESCRIPTION = """List all position schemes with their properties on images.
@@ -45,10 +45,10 @@ def scheme_table(sort: str = "scheme", width: int = 120) -> str:
     100 columns the description stands below the properties.
     """
     rows = []
-    for name, factory in sorted(_SCHEMES.items()):
-        parameters = list(inspect.signature(factory).parameters.values())[1:]
+    for name in schemes():
+        parameters = signature(name).parameters.values()
         options = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
-        description = " ".join(inspect.cleandoc(factory.__doc__ or "").partition("\n\n")[0].split())
+        description = " ".join((inspect.getdoc(factory(name)) or "").partition("\n\n")[0].split())
         rows.append((name, _claims(name), description, options))
     if sort in CLAIMS:
         rows.sort(key=lambda row: not row[1][CLAIMS.index(sort)])
