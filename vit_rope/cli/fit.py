@@ -126,7 +126,7 @@ class CLI(LightningCLI):
             check_free(Path(config.out), config.ckpt_path, config.overwrite)
 
     def instantiate_classes(self) -> None:
-        """Make model, data and trainer. Whatever they raise is an error in the settings, in one line."""
+        """Make model, data and trainer; what they raise is an error in the settings."""
         try:
             super().instantiate_classes()
         except Exception as error:
@@ -137,7 +137,7 @@ class CLI(LightningCLI):
             raise (kinds or [ValueError])[0](files.one_line(cause)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Make the trainer, with the metrics file, the checkpoints and the progress line of this library."""
+        """Make the trainer, with the metrics file, the checkpoints and the progress line."""
         settings: Any = self.config_init[str(self.subcommand)]
         config, out = settings["trainer"], settings["out"]
         if config.logger is not False:
