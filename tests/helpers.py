@@ -145,10 +145,10 @@ CONFIG = {
 
 def run(*args: object) -> None:
     """Run `fit` with these arguments, in this process and without output."""
-    from vit_rope.cli.fit import main  # loads Lightning, which most tests do not need
+    from vit_rope.cli.fit import train  # loads Lightning, which most tests do not need
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        main(["fit", *map(str, args)])
+        train(["fit", *map(str, args)])
 
 
 def last_checkpoint(folder: Path) -> dict:

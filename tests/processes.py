@@ -46,9 +46,9 @@ def fork(args: list[str], env: dict[str, str], log: str) -> int:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        from vit_rope.cli.fit import main
+        from vit_rope.cli.fit import train
 
-        main(args)
+        train(args)
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1

@@ -10,7 +10,6 @@ import csv
 import io
 import os
 import pickle
-import sys
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -226,12 +225,11 @@ def test_yaml_values(tmp_path, path, value):
         node = node[key]
     node[path[-1]] = value
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
-    args = ["fit", "--config", str(tmp_path / "x.yaml"), "--out", str(tmp_path / "r"), "--trainer.fast_dev_run", "2"]
+    args = ["--config", str(tmp_path / "x.yaml"), "--out", str(tmp_path / "r"), "--trainer.fast_dev_run", "2"]
 
     def fit():
         silence = (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()))
-        with silence[0], silence[1], pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["train.py", *args])
-            main()
+        with silence[0], silence[1]:
+            main(args)
 
     attempt("YAML values", fit)

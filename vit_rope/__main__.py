@@ -1,4 +1,4 @@
-"""`python -m vit_rope VERB …`, which is `vit-rope VERB …`."""
+"""`python -m vit_rope VERB …` is `vit-rope VERB …`."""
 
 from vit_rope_cli import main
 

@@ -308,7 +308,8 @@ def rows_of(table):
     return {line.split()[0]: line.split()[1:6] for line in table.splitlines()[1:] if not line.startswith(" ")}
 
 
-def test_scheme_table_lists_every_scheme(capsys):
+def test_scheme_table_lists_every_scheme(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     main(["schemes"])
     table = capsys.readouterr().out.rstrip("\n")
     assert list(rows_of(table)) == schemes()
@@ -324,7 +325,8 @@ def test_scheme_table_lists_every_scheme(capsys):
 
 
 @pytest.mark.parametrize("column", CLAIMS)
-def test_scheme_table_sorts_by_a_claim(column, capsys):
+def test_scheme_table_sorts_by_a_claim(column, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     main(["schemes", "--sort", column])
     marks = [claims[CLAIMS.index(column)] for claims in rows_of(capsys.readouterr().out).values()]
     assert set(marks) <= {"yes", "-"}

@@ -130,7 +130,7 @@ def test_damaged_checkpoints_are_named_in_one_line(checkpoint, tmp_path, damage,
         (("--device", "foo"), "device"),
         (("--out", "taken/x.png"), "cannot write taken/x.png: taken is a file, not a folder"),
         (("--png-dir", "taken", "--overwrite"), "cannot write taken: taken is a file, not a folder"),
-        (("--guidance", "nan"), "guidance is a finite number, got nan"),
+        (("--guidance", ".nan"), "guidance is a finite number, got nan"),
     ],
 )
 def test_impossible_options(pipeline, tmp_path, monkeypatch, options, message):
@@ -173,7 +173,7 @@ def test_an_interrupt_reports_what_is_written(pipeline, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as end:
         cli_sample.main([str(pipeline), "--label", "1", "--out", str(tmp_path / "a.png")])
     assert end.value.code == 130
-    assert "stopped; images in --png-dir are whole" in capsys.readouterr().err
+    assert "stopped; images in --png-dir are complete" in capsys.readouterr().err
 
 
 def test_quality_checks_options_before_any_work(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from tests.helpers import ROOT
-from vit_rope.cli.fit import main
+from vit_rope.cli.fit import train
 from vit_rope.training.data import in_memory
 
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
@@ -83,6 +83,6 @@ def test_config_trains_one_step(path, tmp_path, monkeypatch):
     options = small_options(yaml.safe_load(path.read_text()), tmp_path, monkeypatch)
     out = tmp_path / "run"
     with contextlib.redirect_stderr(io.StringIO()) as output:
-        main(["fit", "--config", str(path), "--out", str(out), "--trainer.fast_dev_run", "true", *options])
+        train(["fit", "--config", str(path), "--out", str(out), "--trainer.fast_dev_run", "true", *options])
     assert "val/loss" in output.getvalue()
     assert not out.exists()  # fast_dev_run writes nothing

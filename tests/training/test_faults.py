@@ -21,7 +21,7 @@ from rich.console import Console
 
 from tests.helpers import CLASSIFIER, CONFIG, assert_same, last_checkpoint, metrics_by_step, run
 from vit_rope import files
-from vit_rope.cli.fit import main
+from vit_rope.cli.fit import train
 from vit_rope.files import replacing
 from vit_rope.training.classification import Classification
 from vit_rope.training.data.loader import make_loader
@@ -230,7 +230,7 @@ def test_resuming_a_finished_run_changes_nothing(config, tmp_path, capsys):
     run("--config", config, "--out", out, "--trainer.max_epochs", 2)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     for options in ((), ("--trainer.max_epochs", 1), ("--out", tmp_path / "other")):
-        main(["fit", "--ckpt_path", str(out), *map(str, options)])
+        train(["fit", "--ckpt_path", str(out), *map(str, options)])
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "had finished" in line]
         advice = f"Train longer with: vit-rope fit --ckpt_path {out}/checkpoints/last.ckpt --trainer.max_epochs N"
         assert re.search(r"last\.ckpt had finished at epoch 2, step 12: nothing was trained\. ", line)
@@ -320,7 +320,7 @@ def test_ctrl_c_between_steps_prints_how_to_resume(config, tmp_path, monkeypatch
     args = ["--import", "fix_run_mine", "--config", config, "--out", str(out), "--trainer.max_epochs", "1"]
     try:
         with pytest.raises(SystemExit) as caught:
-            main(["fit", *args])
+            train(["fit", *args])
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning leaves the signal ignored
     assert caught.value.code == 130

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.helpers import ROOT
-from vit_rope.cli.fit import main
+from vit_rope.cli.fit import train
 
 CONFIGS = ROOT / "configs"
 SIZE = {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4}
@@ -20,7 +20,7 @@ def fit(config, folder):
     config["out"] = str(folder)
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
-    main(["fit", "--config", str(path)])
+    train(["fit", "--config", str(path)])
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line["val/acc"] for line in lines if "val/acc" in line]
 

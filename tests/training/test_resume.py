@@ -14,7 +14,7 @@ import yaml
 
 from tests.helpers import CLASSIFIER, CONFIG, assert_same, last_checkpoint, metrics_by_step, run
 from tests.processes import finish, start
-from vit_rope.cli.fit import main
+from vit_rope.cli.fit import train
 from vit_rope.training.data.loader import Loader, ResumableSampler, SeededDataset, make_loader
 from vit_rope.training.seeds import SeededIndex
 
@@ -163,7 +163,7 @@ def test_malformed_checkpoint_is_refused(uninterrupted, tmp_path, name, value):
     assert not (tmp_path / "r").exists()
     if name in ("state_dict", "callbacks", "loops"):
         with pytest.raises(ValueError, match=rf"bad\.ckpt is not the checkpoint of a run: its {name}"):
-            main(["validate", "--ckpt_path", str(tmp_path / "bad.ckpt")])
+            train(["validate", "--ckpt_path", str(tmp_path / "bad.ckpt")])
 
 
 def test_missing_weights_in_training(uninterrupted, tmp_path):
@@ -202,7 +202,7 @@ def test_denoiser_that_learned_a_different_prediction(uninterrupted, command):
         ValueError,
         match=r"^the checkpoint's model was trained to predict v, not epsilon: set prediction: v, or train from",
     ):
-        main([command, "--ckpt_path", str(uninterrupted["denoiser"]), "--model.prediction", "epsilon"])
+        train([command, "--ckpt_path", str(uninterrupted["denoiser"]), "--model.prediction", "epsilon"])
 
 
 # The parts

@@ -18,11 +18,9 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
 
-import vit_rope_cli
 from tests.helpers import ROOT
-from vit_rope.cli.fit import filter_warnings, main, message, says_all
+from vit_rope.cli.fit import filter_warnings, train
 from vit_rope.training.classification import Classification
 from vit_rope.training.ema import EMA
 from vit_rope.training.optim import OptimConfig, ScheduleConfig, make_optimizer, make_schedule, schedule_curve
@@ -58,7 +56,7 @@ def run(*args: object) -> str:
     """The output of a command on stdout."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        main([str(arg) for arg in args])
+        train([str(arg) for arg in args])
     return out.getvalue()
 
 
@@ -197,7 +195,7 @@ def test_a_single_model_argument_can_be_overridden(config, fitted, tmp_path, sou
     args = ("--out", tmp_path / "r", "--model.model_args.position", "mixed", "--print_config")
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
-        main([str(arg) for arg in ("fit", *start, *args)])
+        train([str(arg) for arg in ("fit", *start, *args)])
     merged = yaml.safe_load(out.getvalue())["model"]["init_args"]["model_args"]
     assert merged == {**SIZES, "position": "mixed"}
 
@@ -251,58 +249,6 @@ def test_wrong_settings(config, tmp_path, args, match):
 
 def test_wrong_option_of_the_model(config, tmp_path):
     refused(config, tmp_path, "--model.model_args.postion", "axial", kind=TypeError, match="argument 'postion'")
-
-
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [("--model.nonsense", "Option 'nonsense' is not accepted"), ("--trainer.max_epochz", "max_epochz")],
-)
-def test_unknown_keys_end_with_a_message(config, tmp_path, capsys, key, message):
-    with pytest.raises(SystemExit) as caught:
-        main(["fit", "--config", config, key, "1", "--out", str(tmp_path / "r")])
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_unknown_key_in_a_file(tmp_path, capsys):
-    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**CONFIG, "trainr": {"max_epochs": 1}}))
-    with pytest.raises(SystemExit) as caught:
-        main(["fit", "--config", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "r")])
-    assert caught.value.code == 2
-    assert "trainr" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("door", [main, vit_rope_cli.main])
-def test_our_errors_reach_the_terminal_as_one_line(config, monkeypatch, door):
-    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", config, "--model.model", "nonsense"])
-    with pytest.raises(SystemExit, match=r"^error: timm has no model 'nonsense'") as caught:
-        door()
-    assert "\n" not in str(caught.value.code)
-    with pytest.raises(ValueError, match="timm has no model 'nonsense'"):
-        door(sys.argv[1:])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_reaches_the_terminal_as_one_line(config, tmp_path, monkeypatch, workers):
-    for path in (tmp_path / split / name / "0.png" for split in ("train", "val") for name in "ab"):
-        path.parent.mkdir(parents=True)
-        path.write_bytes(b"broken")
-    read = ["--data", "ImageFolder", "--data.root", str(tmp_path), "--data.img_size", "8", "--data.batch_size", "2"]
-    options = [*read, "--data.workers", str(workers), "--out", str(tmp_path / "r")]
-    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", config, *options])
-    with pytest.raises(SystemExit, match=r"^error: cannot read the image .*0\.png: cannot identify") as caught:
-        main()
-    assert "\n" not in str(caught.value.code)
-
-
-def test_an_error_of_user_code_in_a_worker_keeps_its_traceback():
-    def _run_stage():  # the name of the function of Lightning that runs after all settings are checked
-        list(DataLoader(["x"], num_workers=1, collate_fn=lambda samples: float(samples[0])))
-
-    with pytest.raises(ValueError, match="could not convert string to float") as caught:
-        _run_stage()
-    assert message(caught.value) == "could not convert string to float: 'x'"
-    assert not says_all(caught.value)
 
 
 def test_an_occupied_folder_is_refused_or_replaced(config, tmp_path):

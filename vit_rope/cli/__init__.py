@@ -1,1 +1,1 @@
-"""The command line, a file for each verb. `vit_rope_cli` knows the verbs and loads a file when it is chosen."""
+"""The command line: one file per verb, with `main(args)`, which `vit_rope_cli` loads."""

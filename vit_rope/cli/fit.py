@@ -1,27 +1,23 @@
-"""The command line: fit, validate and test, from a YAML, from a checkpoint alone, or from both."""
+"""The commands `vit-rope fit`, `validate` and `test`, from a YAML file, a checkpoint, or both."""
 
 import importlib
 import logging
 import os
-import re
 import signal
 import sys
-import traceback
 import warnings
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .. import files
 from ..training.classification import Classification, check_name
-from ..training.data.folder import ImageFolder
-from ..training.data.in_memory import CIFAR, Digits, FashionMNIST
-from ..training.data.timm import TimmData
-from ..training.diffusion import Diffusion
 from ..training.ema import EMA
 from ..training.run import trust
 from ..training.run.checkpoints import AtomicIO, BestCheckpoint, LastCheckpoint
@@ -29,23 +25,40 @@ from ..training.run.folder import RunFolder, check_free
 from ..training.run.metrics import MetricsLogger
 from ..training.run.progress import ProgressLine
 from ..training.seeds import Reseed
+from . import usage
+from .errors import one_line_errors
+from .parsers import OneLineErrors
 
-CLASSES = (
-    Classification,
-    Diffusion,
-    Digits,
-    FashionMNIST,
-    CIFAR,
-    ImageFolder,
-    TimmData,
-)  # imported: known by short names
+# the last two come of settings too: numbers that are too large, and what Lightning refuses
+SETTINGS_ERRORS = (ValueError, TypeError, OSError, OverflowError, MisconfigurationException)
+
+
+class Parser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser, with errors in one line."""
+
+
+class FirstStep(Callback):
+    """Notes that training has begun. Later errors are not about settings: they need a traceback."""
+
+    began = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.began = True
 
 
 class CLI(LightningCLI):
-    """LightningCLI with one folder a run, a configuration inside each checkpoint, and the command line above both."""
+    """LightningCLI with one folder per run, and a configuration inside each checkpoint.
 
-    def __init__(self, args: list[str], modules: list[str]):
-        self.modules = modules
+    The command line overrides the YAML file and the configuration of the checkpoint.
+
+    Args:
+        args: arguments of the command line, the first of which is the verb
+        modules: modules of the user, already imported, whose classes a configuration may name
+        first_step: callback that notes whether training has begun
+    """
+
+    def __init__(self, args: list[str], modules: list[str], first_step: FirstStep):
+        self.modules, self.first_step = modules, first_step
         trust.guard(modules)
         super().__init__(
             LightningModule,
@@ -56,6 +69,8 @@ class CLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            parser_class=Parser,
+            parser_kwargs={"prog": "vit-rope"},
             args=args,
         )
 
@@ -90,46 +105,48 @@ class CLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(with_checkpoint(args, self.modules))
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Find and check the checkpoint; unlike Lightning's, leave settings as YAML and command line have them."""
+        """Find and check the checkpoint. Unlike Lightning, keep the settings as they are."""
         config = self.config[self.config.subcommand]
         if config.ckpt_path:
-            fits = self.config.subcommand == "fit"
-            path = files.find(config.ckpt_path, config.out, "last" if fits else "best")
-            trust.check_parts(files.read(path), path, resumes=fits)
+            fit = self.config.subcommand == "fit"
+            path = files.find(config.ckpt_path, config.out, "last" if fit else "best")
+            trust.check_parts(files.read(path), path, resumes=fit)
             config.ckpt_path = str(path)
-            config.model.get("init_args", {}).pop("weights", None)  # the checkpoint's are later ones
+            config.model.get("init_args", {}).pop("weights", None)  # the checkpoint replaces them
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
         if issubclass(_class(config.model.class_path), Classification):
             check_name(config.model.init_args.model)
-        first = getattr(rank_zero_only, "rank", 0) == 0
-        if first and self.subcommand == "fit" and not config.trainer.fast_dev_run:
+        main_process = getattr(rank_zero_only, "rank", 0) == 0
+        if main_process and self.subcommand == "fit" and not config.trainer.fast_dev_run:
             check_free(Path(config.out), config.ckpt_path, config.overwrite)
 
     def instantiate_classes(self) -> None:
+        """Make model, data and trainer; what they raise is an error in the settings."""
         try:
             super().instantiate_classes()
         except Exception as error:
-            said: BaseException = error
+            cause: BaseException = error
             if error.__cause__ is not None and str(error).startswith("Does not validate against any of the Union"):
-                said = error.__cause__  # what the class said, without jsonargparse's account of where it asked
-            kinds = [kind for kind in (FileNotFoundError, OSError, TypeError) if isinstance(said, kind)]
-            raise (kinds or [ValueError])[0](files.one_line(said)) from error
+                cause = error.__cause__  # the message of the class, without those of jsonargparse
+            kinds = [kind for kind in (FileNotFoundError, OSError, TypeError) if isinstance(cause, kind)]
+            raise (kinds or [ValueError])[0](files.one_line(cause)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        given: Any = self.config_init[str(self.subcommand)]
-        config, out = given["trainer"], given["out"]
+        """Make the trainer, with the metrics file, the checkpoints and the progress line."""
+        settings: Any = self.config_init[str(self.subcommand)]
+        config, out = settings["trainer"], settings["out"]
         if config.logger is not False:
-            asked = [] if config.logger in (None, True) else config.logger
-            loggers = asked if isinstance(asked, list) else [asked]
+            configured = [] if config.logger in (None, True) else config.logger
+            loggers = configured if isinstance(configured, list) else [configured]
             kwargs["logger"] = [MetricsLogger(out, str(self.subcommand)), *loggers]
         plugins = config.plugins or []
         kwargs["plugins"] = [AtomicIO(), *(plugins if isinstance(plugins, list) else [plugins])]
-        callbacks: list[Callback] = [Reseed()]
+        callbacks: list[Callback] = [Reseed(), self.first_step]
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressLine())
         self.trainer_defaults["callbacks"] = callbacks
@@ -148,122 +165,109 @@ class CLI(LightningCLI):
         return kwargs if subcommand == "fit" else kwargs | {"verbose": False}
 
     def after_validate(self) -> None:
-        say_scores(self.trainer)
+        print_scores(self.trainer)
 
     def after_test(self) -> None:
-        say_scores(self.trainer)
+        print_scores(self.trainer)
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run a command such as `fit --config configs/digits_vit.yaml`; the arguments are the process's unless given.
+def main(args: Sequence[str], verb: str = "fit") -> None:
+    """Run `vit-rope fit`, `validate` or `test`.
 
-    `--import MODULE` imports a module first, so that position schemes and classes of the user's own are known.
+    Before the first training step a ValueError, TypeError or OSError ends the process with one
+    line and status 1. Later ones and all other exceptions keep their traceback.
+    """
+    first_step = FirstStep()
+    where = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
+
+    def report(text: str) -> NoReturn:
+        sys.exit(f"error{where}: {text}")
+
+    with one_line_errors(*SETTINGS_ERRORS, report=report, unless=lambda: first_step.began):
+        train([verb, *args], first_step)
+
+
+def train(args: Sequence[str], first_step: FirstStep | None = None) -> None:
+    """Run a command such as `fit --config configs/digits_vit.yaml`; errors are raised.
+
+    `--import MODULE` imports a module first, so that its position schemes and classes are known.
     """
     with warnings.catch_warnings():
         filter_warnings()
-        argv = list(sys.argv[1:] if args is None else args)
+        modules, argv = pop_imports(args)
+        if (topic := usage.topic(argv[1:])) == "all":
+            argv = [argv[0], "--help"]
+        elif topic is not None:
+            print(usage.details(topic) if topic else usage.overview(argv[0]))
+            return
         try:
-            CLI(*pop_imports(argv))
+            CLI(with_checkpoint(argv, modules), modules, first_step or FirstStep())
         except SystemExit as end:
             if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's status for it is 1
                 sys.exit(128 + signal.SIGINT)
             raise
-        except (ValueError, TypeError, OSError, OverflowError, MisconfigurationException) as error:
-            if args is not None or not says_all(error):
-                raise
-            rank = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
-            sys.exit(f"error{rank}: {message(error)}")
 
 
-def says_all(error: Exception) -> bool:
-    """Whether a traceback would only hide the message: an error of this library, or of settings, before any step."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = re.findall(r'^ *File "(.+)", line \d+', str(error), re.MULTILINE) if of_worker(error) else []
-    last = places[-1] if places else frames[-1].filename
-    ours = Path(last).is_relative_to(Path(__file__).parents[1])
-    return ours or all(frame.name != "_run_stage" for frame in frames)
+def pop_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The modules of `--import MODULE`, which are imported, and the other arguments."""
+    modules, rest = _known(args, "--import")
+    for name in modules:
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            importlib.import_module(name)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"--import {name}: {error}") from error
+        finally:
+            sys.path.pop(0)
+    return modules, rest
 
 
-def of_worker(error: Exception) -> bool:
-    """Whether it is what torch makes of an error in a worker of a DataLoader: its traceback as text."""
-    return re.match(r"Caught \w+ in DataLoader worker process", str(error)) is not None
-
-
-def message(error: Exception) -> str:
-    """What an error says, in one line, which in the text of a traceback stands last, after the name of its class."""
-    if of_worker(error):
-        return str(error).strip().splitlines()[-1].partition(": ")[2]
-    return files.one_line(error)
-
-
-def pop_imports(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments without `--import MODULE`, and those modules, imported."""
-    modules, rest = [], []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument.split("=")[0] == "--import":
-            name = argument.partition("=")[2] or next(arguments, "")
-            sys.path.insert(0, str(Path.cwd()))
-            try:
-                importlib.import_module(name)
-            except (ImportError, ValueError) as error:
-                raise ValueError(f"--import {name}: {error}") from error
-            finally:
-                sys.path.pop(0)
-            modules.append(name)
-        else:
-            rest.append(argument)
-    return rest, modules
-
-
-def with_checkpoint(argv: list[str], modules: list[str]) -> list[str]:
-    """The arguments, with the configuration inside `--ckpt_path` in front where no `--config` is given."""
-    ckpt_path = _value(argv, "--ckpt_path")
-    if not argv or not ckpt_path or any(argument.split("=")[0] in ("-c", "--config") for argument in argv):
-        return argv
-    out = _value(argv, "--out") or "runs/run"
-    path = files.find(ckpt_path, out, "last" if argv[0] == "fit" else "best")
+def with_checkpoint(args: list[str], modules: list[str]) -> list[str]:
+    """The arguments; without `--config` the configuration inside `--ckpt_path` comes first."""
+    (ckpt_paths, _), (outs, _) = _known(args, "--ckpt_path"), _known(args, "--out")
+    if not ckpt_paths or _known(args, "--config", "-c")[0]:
+        return args
+    out = outs[-1] if outs else "runs/run"
+    path = files.find(ckpt_paths[-1], out, "last" if args[0] == "fit" else "best")
     config = trust.embedded_config(files.read(path), path, modules)
     moved = ["--out", str(path.parents[1])] if path.parent.name == "checkpoints" else []
-    return [argv[0], "--config", config, *moved, *argv[1:]]
+    return [args[0], "--config", config, *moved, *args[1:]]
+
+
+def _known(args: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
+    """The values of one option, which may be given several times, and the other arguments."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(*names, dest="values", action="append", default=[])
+    known, rest = parser.parse_known_args(args)
+    return known.values, rest
 
 
 @rank_zero_only
-def say_scores(trainer: Any) -> None:
+def print_scores(trainer: Any) -> None:
     """Print the scores of validate or test, the accuracy last."""
     for name, value in sorted(trainer.callback_metrics.items(), key=lambda item: item[0].endswith("/acc")):
         print(f"{name} {float(value):.4f}", flush=True)
 
 
 def filter_warnings() -> None:
-    """Drop what Lightning and torch say at every run and no user of ours can act on."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of calls that Lightning makes
+    """Drop the messages of Lightning and torch that appear in every run and need no action."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # for calls of Lightning
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_worth_saying)
+        logging.getLogger(name).addFilter(_is_useful)
     for message in (
-        r".*does not have many workers",  # sets in memory are fastest without
+        r".*does not have many workers",  # datasets in memory are fastest without
         r".*isinstance\(treespec, LeafSpec\)",
         r"The number of training batches \(\d+\) is smaller than the logging interval",
-        r"The dirpath has changed from",  # the folder was moved
-        r"Checkpoint directory .* exists and is not empty",  # a resumed run, or checked by us
-        r"`training_step` returned `None`",  # a batch that was left out, of which we tell ourselves
+        r"The dirpath has changed from",  # the run's folder was moved
+        r"Checkpoint directory .* exists and is not empty",  # a resumed run; new ones are checked by this library
+        r"`training_step` returned `None`",  # a skipped batch, which is reported by this library
         r"Found .* module\(s\) in eval mode",
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _is_useful(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(("💡", "TPU available", "Loading `train_dataloader` to estimate"))
-
-
-def _value(argv: list[str], option: str) -> str | None:
-    value = None
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        if argument == option:
-            value = following
-        elif argument.startswith(f"{option}="):
-            value = argument.partition("=")[2]
-    return value
 
 
 def _checkpoints(out: str) -> str:

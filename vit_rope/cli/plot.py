@@ -1,25 +1,49 @@
-"""TODO cli.plot from ['plots']."""
+"""The command `vit-rope plot`: figures of position schemes and of studies."""
 
-import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..plots import plot_kernel, plot_study
+from .errors import one_line_errors
+from .parsers import VerbParser
+
+
+def kernel_figure(specs: list[str], grid: tuple[int, int] = (14, 14), out: str = "kernel.png") -> Path:
+    """Draw the kernel K of rotary schemes: the effect of a displacement on an attention score.
+
+    Args:
+        specs: schemes, e.g. axial "mixed(base=10)" flat
+        grid: rows and columns of the grid of patches
+        out: the PNG file to write
+    """
+    return plot_kernel(specs, out, (grid[0], grid[1]))
+
+
+def study_figure(table: str, out: str = "study.png") -> Path:
+    """Draw the results of a study: curves of the validation loss, and the scores of samples.
+
+    Args:
+        table: a CSV file of vit-rope study
+        out: the PNG file to write
+    """
+    return plot_study(table, out)
+
+
+FIGURES = {"kernel": kernel_figure, "study": study_figure}
 
 
 def main(args: Sequence[str]) -> None:
     """Run `vit-rope plot`."""
-    parser = argparse.ArgumentParser("vit-rope plot", description="Draw a picture of position schemes.")
-    pictures = parser.add_subparsers(dest="picture", required=True)
-    kernel = pictures.add_parser("kernel", help="what a displacement does to a score")
-    kernel.add_argument("specs", nargs="+", help='schemes, e.g. axial "mixed(base=10)" flat')
-    kernel.add_argument("--grid", nargs=2, type=int, default=(14, 14), metavar=("ROWS", "COLUMNS"))
-    study = pictures.add_parser("study", help="what training under each scheme came to")
-    study.add_argument("table", help="a CSV file of vit-rope study")
-    for picture in (kernel, study):
-        picture.add_argument("--out", help=f"the PNG to write (default: {picture.prog.split()[-1]}.png)")
-    options = vars(parser.parse_args(args))
-    draw = {"kernel": plot_kernel, "study": plot_study}[options.pop("picture")]
-    try:
-        print(draw(**{key: value for key, value in options.items() if value is not None}))
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+    figure, *options = args or ["--help"]
+    if figure not in FIGURES:
+        names = "\n".join(f"  {name:<8} {(each.__doc__ or '').splitlines()[0]}" for name, each in FIGURES.items())
+        text = f"usage: vit-rope plot FIGURE …\n\n{names}\n\nvit-rope plot FIGURE --help lists the options of a figure"
+        if figure in ("-h", "--help"):
+            print(text)
+            return
+        print(f"vit-rope plot: error: there is no figure {figure!r}\n\n{text}", file=sys.stderr)
+        sys.exit(2)
+    parser = VerbParser(f"vit-rope plot {figure}", FIGURES[figure])
+    with one_line_errors(ValueError, OSError, report=parser.fail):
+        print(parser.run(options))
