@@ -82,7 +82,7 @@ def test_multimodal_rotations_are_dealt_out():
     theirs, x = randomised(timm.create_model("eva02_tiny_patch14_224", **patch)), images((84, 126))
     assert difference(from_timm(theirs)(x).detach(), theirs(x).detach()) < 1e-5
     theirs = timm.create_model("eva02_tiny_patch14_224", **patch | {"rope_mrope_section": (20, 6, 6)})
-    with pytest.raises(ValueError, match="sections leave pairs over"):
+    with pytest.raises(ValueError, match="sections do not cover all pairs"):
         from_timm(theirs)
 
 
@@ -98,7 +98,7 @@ def test_norms_before_pooling_and_after_it_convert():
 def test_what_training_does_converts_too():
     options = {"rope_jitter_coords": 1.5, "drop_path_rate": 0.2, "patch_drop_rate": 0.3, "proj_drop_rate": 0.1}
     ours = from_timm(timm.create_model("vit_base_patch16_sapiens2", depth=2, num_kv_heads=12, **options))
-    assert ours.locate.augment == (0.0, 1.5, 2.0)
+    assert ours.patch_coords.augment == (0.0, 1.5, 2.0)
     assert ours.patch_drop.prob == 0.3
     assert ours.blocks[1].drop_path1.drop_prob == pytest.approx(0.2)
     assert ours.blocks[0].attn.proj_drop.p == ours.blocks[0].mlp.drop1.p == 0.1
@@ -155,8 +155,8 @@ def test_a_converted_vit_learns_new_positions():
         (from_timm, "eva02_tiny_patch14_224", {"use_post_norm": True}, ValueError, "blocks of type EvaBlockPostNorm"),
         (ropeify, "resnet18", {}, TypeError, "ropeify gives positions to timm's VisionTransformer, got ResNet"),
         (ropeify, "vit_rope_test_patch16_64", {}, TypeError, "the model is a RopeViT already"),
-        (ropeify, "vit_tiny_r_s16_p8_224", {"depth": 1}, ValueError, "cannot take over patches by HybridEmbed"),
-        (ropeify, "deit_tiny_distilled_patch16_224", {"depth": 1}, ValueError, "cannot take over a distillation token"),
+        (ropeify, "vit_tiny_r_s16_p8_224", {"depth": 1}, ValueError, "does not support patches by HybridEmbed"),
+        (ropeify, "deit_tiny_distilled_patch16_224", {"depth": 1}, ValueError, "does not support a distillation token"),
         (ropeify, "vit_base_patch16_rpn_224", {"depth": 1}, ValueError, "blocks of type ResPostBlock"),
     ],
 )

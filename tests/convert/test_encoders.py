@@ -17,8 +17,8 @@ REFUSED = {
     "_align": "a projector that merges patches (DeepseekVitAligner); create the model with encoder_pool=''",
     "qwen3_vit_enc": "a projector that merges patches (Qwen3VitPatchMerger); create the model with global_pool='avg'",
     "deepseek_vit_enc": "a projector that merges patches (DeepseekVitAligner); create the model with global_pool='avg'",
-    "gemma4_vit": "blocks of type Gemma4Block, which norm values and the outputs of attention and MLP; for its "
-    'rotations give a model of your own position="xy(axial(base=100, pairs=\\"axis\\"))"',
+    "gemma4_vit": "blocks of type Gemma4Block, which normalize values and the outputs of attention and MLP; for its "
+    'rotations create a model with position="xy(axial(base=100, pairs=\\"axis\\"))"',
 }
 
 
@@ -67,7 +67,7 @@ def test_each_name_is_carried_or_refused(name, tmp_path):
     if refused is None:
         same(theirs, x, tmp_path)
         return
-    with pytest.raises(ValueError, match=re.escape(f"a RopeViT cannot take over {REFUSED[refused]}")):
+    with pytest.raises(ValueError, match=re.escape(f"RopeViT does not support {REFUSED[refused]}")):
         from_timm(theirs)
 
 

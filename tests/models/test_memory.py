@@ -139,8 +139,11 @@ def test_without_memory_nothing_changes_and_with_it_timms_tools_work():
         (lambda: vit(-1), "memory_tokens is a number of tokens, 0 or more, got -1"),
         (lambda: Reader(vit(0)), "this RopeViT has no memory; create it with memory_tokens=…"),
         (lambda: Reader(vit(), 0), "horizon is a number of segments, 1 or more, got 0"),
-        (lambda: Reader(vit())([]), "expected one segment or more, with coordinates of as many, got 0"),
-        (lambda: Reader(vit())(segments(), coords=[grid((2, 2))]), "as many, got 4 and coordinates of 1"),
+        (lambda: Reader(vit())([]), "expected one or more segments, and coordinates of the same number of them, got 0"),
+        (
+            lambda: Reader(vit())(segments(), coords=[grid((2, 2))]),
+            "the same number of them, got 4 and coordinates of 1",
+        ),
         (
             lambda: Reader(vit())(segments(), torch.zeros(3, 1, 32)),
             "memory of shape (3, 1, 32) was given, but expected (3, 2, 32)",

@@ -14,6 +14,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from tests.helpers import images, randomised
+from vit_rope.models.converted import ConvertedViT
 from vit_rope.models.vit import RopeViT
 from vit_rope.positions.coords import grid
 
@@ -127,7 +128,7 @@ def test_mlps_by_name(options, kind):
 
 @pytest.mark.parametrize("spec", ["axial", "mixed"])
 def test_keys_of_fewer_heads_are_those_of_more_repeated(spec):
-    few = randomised(RopeViT(**SMALL | {"num_heads": 4}, num_kv_heads=[4, 2, 1, 2], qk_norm=True, position=spec))
+    few = randomised(ConvertedViT(**SMALL | {"num_heads": 4}, num_kv_heads=[4, 2, 1, 2], qk_norm=True, position=spec))
     many = RopeViT(**SMALL | {"num_heads": 4}, qk_norm=True, position=spec).eval()
     state = dict(few.state_dict())
     for i, heads in enumerate([4, 2, 1, 2]):
@@ -142,18 +143,18 @@ def test_keys_of_fewer_heads_are_those_of_more_repeated(spec):
         block.attn.fused_attn = False
     torch.testing.assert_close(few(x), many(x), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="2 heads do not divide into 3 groups; change num_kv_heads"):
-        RopeViT(**SMALL, num_kv_heads=3)
+        ConvertedViT(**SMALL, num_kv_heads=3)
     with pytest.raises(ValueError, match="num_kv_heads names 2 layers of 4; give one number, or one for each layer"):
-        RopeViT(**SMALL, num_kv_heads=(1, 1))
+        ConvertedViT(**SMALL, num_kv_heads=(1, 1))
 
 
 def test_a_pool_of_its_own_size():
-    net = RopeViT(**SMALL, global_pool="map", attn_pool_num_heads=8, attn_pool_mlp_ratio=2.0)
+    net = ConvertedViT(**SMALL, global_pool="map", attn_pool_num_heads=8, attn_pool_mlp_ratio=2.0)
     assert net.attn_pool.num_heads == 8
     assert net.attn_pool.mlp.fc1.out_features == 128
     assert net(images((64, 64))).shape == (2, 5)
     with pytest.raises(ValueError, match='need global_pool="map"'):
-        RopeViT(**SMALL, attn_pool_num_heads=8)
+        ConvertedViT(**SMALL, attn_pool_num_heads=8)
 
 
 @pytest.mark.parametrize("spec", ["none", "mixed + gate(learned)", "reference(xy(axial), grid=(8, 8))"])
@@ -212,13 +213,15 @@ def test_training_varies_coordinates_as_timm_does(unit):
     options = {"position_shift": 0.5, "position_jitter": 1.5, "position_rescale": 2.0}
     net = RopeViT(**SMALL, position="axial", position_unit=unit, **options)
     torch.manual_seed(0)
-    where = net.train().locate(images((64, 64)))[0]
+    where = net.train().patch_coords(images((64, 64)))[0]
     torch.manual_seed(0)
     want = _apply_coord_augs(grid((4, 4), unit), 0.5, 1.5, 2.0)
     torch.testing.assert_close(where, want, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(net.locate(images((64, 64)))[0], where)
-    assert torch.equal(net.eval().locate(images((64, 64)))[0], grid((4, 4), unit))
-    assert torch.equal(net.train().locate(images((64, 64)), grid((4, 4)))[0], grid((4, 4)))  # the caller's own stay
+    assert not torch.equal(net.patch_coords(images((64, 64)))[0], where)
+    assert torch.equal(net.eval().patch_coords(images((64, 64)))[0], grid((4, 4), unit))
+    assert torch.equal(
+        net.train().patch_coords(images((64, 64)), grid((4, 4)))[0], grid((4, 4))
+    )  # the caller's own stay
     with pytest.raises(ValueError, match="stretched by a factor of 1 or more, got position_shift 0"):
         RopeViT(**SMALL, position_rescale=0.5)
 
@@ -243,7 +246,9 @@ def test_frozen_weights_stay_frozen_at_another_size():
 
 def test_two_crops_before_one_backward_under_checkpointing_with_everything_on():
     net = randomised(
-        RopeViT(**SMALL, position="mixed + learned", dynamic_img_size=True, num_kv_heads=1, qk_norm=True, reg_tokens=2)
+        ConvertedViT(
+            **SMALL, position="mixed + learned", dynamic_img_size=True, num_kv_heads=1, qk_norm=True, reg_tokens=2
+        )
     ).train()
     gradients = []
     for on in (False, True):

@@ -42,7 +42,7 @@ def timm_tests(tmp_path_factory):
 
 
 CONVERTED = ["vit_rope_small_patch16_rope_mixed_224", "vit_rope_eva02_tiny_patch14_224", "vit_rope_from_timm"]
-OURS = timm.list_models("vit_rope_*", module="vit", exclude_filters="*large*")  # timm keeps a dozen copies: 16 GB
+OURS = timm.list_models("vit_rope_*", module="registry", exclude_filters="*large*")  # timm keeps a dozen copies: 16 GB
 NAMES = [*OURS, *CONVERTED]  # the other converted ones are these, but larger
 
 
