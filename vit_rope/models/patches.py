@@ -77,7 +77,7 @@ class PatchEmbedNd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (B, C, *sizes) to embeddings (B, *grid, D)."""
         if self.dynamic_img_pad:
-            pads = [(-n) % p for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
+            pads = [-x.shape[2 + axis] % size for axis, size in enumerate(self.patch_size)]
             x = nn.functional.pad(x, [side for pad in reversed(pads) for side in (0, pad)])
         x = rearrange(x, self.pattern, **{f"p{a}": size for a, size in enumerate(self.patch_size)})
         return self.norm(self.proj(x))
