@@ -1,10 +1,13 @@
 """RopeDiT: compiled, exported, and with another spec."""
 
+import weakref
+
 import pytest
 import torch
 
-from vit_rope.models.block import run_blocks
+from vit_rope.models.block import last, run_blocks
 from vit_rope.models.dit import RopeDiT
+from vit_rope.models.vit import RopeViT
 
 
 def model(position="mixed", **options):
@@ -97,7 +100,19 @@ def test_the_loop_over_blocks():
         return block(x, amount) - 1
 
     blocks, x = [Add(), Add(), Add()], torch.zeros(1)
-    assert run_blocks(blocks, x, 2) == (torch.tensor([6.0]), [])
-    out, kept = run_blocks(blocks, x, 2, embed=embed, keep=[0, 2])
-    assert (float(out), [float(t) for t in kept], calls) == (222, [2, 222], [1, 2])
-    assert float(run_blocks(blocks, x, 2, checkpoint=checkpoint)[0]) == 3
+    assert [float(out) for out in run_blocks(blocks, x, 2)] == [2, 4, 6]
+    assert [float(out) for out in run_blocks(blocks, x, 2, embed=embed)] == [2, 22, 222]
+    assert calls == [1, 2]
+    assert float(last(run_blocks(blocks, x, 2, checkpoint=checkpoint))) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("net", [model(depth=3), RopeViT(16, 8, embed_dim=16, depth=3, num_heads=2, num_classes=2)])
+def test_tokens_of_earlier_layers_are_freed(net):
+    alive = []
+    net.blocks[0].register_forward_pre_hook(lambda module, args: alive.append(weakref.ref(args[0])))
+    net.blocks[0].register_forward_hook(lambda module, args, out: alive.append(weakref.ref(out)))
+    net.blocks[2].register_forward_pre_hook(lambda module, args: seen.extend(ref() is None for ref in alive))
+    seen = []
+    net(*((images(8, 8), 3) if isinstance(net, RopeDiT) else (torch.randn(1, 3, 16, 16),)))
+    assert seen == [True, True]

@@ -6,7 +6,7 @@ attention, which applies it.
 Shapes   B samples, N tokens, C channels, H heads, D channels of a head
 """
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 from timm.layers import Attention
@@ -107,10 +107,10 @@ def run_blocks(
     *args: Any,
     embed: Callable[[Tensor, int], Tensor] | None = None,
     checkpoint: Callable[..., Any] | None = None,
-    keep: Container[int] = (),
-) -> tuple[Tensor, list[Tensor]]:
-    """Call blocks one after another: the tokens (B, N, C) after the last one, and those after the
-    layers to `keep`.
+) -> Iterator[Tensor]:
+    """Call blocks one after another and yield the tokens (B, N, C) after each of them.
+
+    It is a generator so that no frame keeps the tokens of earlier layers in memory.
 
     Args:
         blocks: transformer blocks, called as `block(x, *args)`
@@ -118,13 +118,17 @@ def run_blocks(
         embed: adds absolute positions again, as `embed(x, layer)` before every layer but the first;
             None for schemes that act once
         checkpoint: activation checkpointing, as `checkpoint(block, x, *args)`; None for none
-        keep: indices of layers
     """
-    kept = []
     for layer, block in enumerate(blocks):
         if layer > 0 and embed is not None:
             x = embed(x, layer)
         x = block(x, *args) if checkpoint is None else checkpoint(block, x, *args)
-        if layer in keep:
-            kept.append(x)
-    return x, kept
+        yield x
+
+
+def last(tokens: Iterator[Tensor]) -> Tensor:
+    """The last of the tokens that `run_blocks` yields, without keeping the others in memory."""
+    x = next(tokens)
+    for x in tokens:  # noqa: B007
+        pass
+    return x

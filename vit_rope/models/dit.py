@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..positions import Encoding, build
 from ..positions.specs import rebuild
 from ..unet.maps import Kind, check_kind, reset_missing_parameters
-from .block import RopeBlock, run_blocks
+from .block import RopeBlock, last, run_blocks
 from .patches import format_size, patch_layout
 
 
@@ -126,14 +126,14 @@ class RopeDiT(ModelMixin, ConfigMixin):
         condition = self._condition(sample, timestep, class_labels)
         coords = self.layout.coords(grid, sample.device)
         tokens = rearrange(sample, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
-        x = self.position.embed(self.embed(tokens), coords, grid)
+        tokens = self.position.embed(self.embed(tokens), coords, grid)
         again = partial(self._embed_again, coords=coords, grid=grid) if self.position.each_layer else None
         checkpointing: Any = self.gradient_checkpointing and torch.is_grad_enabled()
         checkpoint = self._gradient_checkpointing_func if checkpointing else None  # pyrefly: ignore[missing-attribute]
-        encoding = self.position(coords, 0, None, None, grid)
-        x, _ = run_blocks(self.blocks, x, encoding, condition, embed=again, checkpoint=checkpoint)
+        encoding = self.position(coords, grid=grid)
+        tokens = run_blocks(self.blocks, tokens, encoding, condition, embed=again, checkpoint=checkpoint)
         scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        x = self.head(self.norm(x) * (1 + scale) + shift)
+        x = self.head(self.norm(last(tokens)) * (1 + scale) + shift)
         x = rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 

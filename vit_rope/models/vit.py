@@ -9,7 +9,7 @@ every block. Images have two axes; `patch_size=(2, 16, 16)` makes a model of vid
 Shapes   B samples, N patch tokens, C channels, A axes; a sequence has prefix + N tokens
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -24,7 +24,7 @@ from ..attention import check_linear
 from ..positions import Encoding, Layout, Position, build
 from ..positions.coords import take
 from ..positions.specs import rebuild
-from .block import RopeBlock, run_blocks
+from .block import RopeBlock, last, run_blocks
 from .memory import insert_memory
 from .patches import PatchCoordinates, PatchEmbed2d, PatchEmbedNd, patch_layout, sizes_per_axis
 from .state_dicts import checkpoint_filter_fn as checkpoint_filter_fn  # where timm and fine-tuning look for it
@@ -156,7 +156,7 @@ class RopeViT(VisionTransformer):
             x, keep = self.patch_drop(x)
             if keep is not None:
                 coords = take(coords, keep)
-        return self.norm_pre(x), self.position(coords, self.num_prefix_tokens, None, None, grid), coords, grid
+        return self.norm_pre(x), self.position(coords, self.num_prefix_tokens, grid=grid), coords, grid
 
     def _run_blocks(
         self,
@@ -166,10 +166,8 @@ class RopeViT(VisionTransformer):
         attn_mask: Tensor | None,
         is_causal: bool,
         depth: int | None = None,
-        keep: Sequence[int] = (),
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Images to tokens (B, prefix + N, C) after the first `depth` blocks, or after all, and
-        those after the blocks to `keep`."""
+    ) -> Iterator[Tensor]:
+        """Images to tokens (B, prefix + N, C) after each of the first `depth` blocks, or of all."""
         x, encoding, coords, grid = self._embed(x, coords, memory)
         prefix = self.num_prefix_tokens
 
@@ -185,7 +183,6 @@ class RopeViT(VisionTransformer):
             is_causal,
             embed=embed if self.position.each_layer else None,
             checkpoint=checkpoint if self.grad_checkpointing else None,
-            keep=keep,
         )
 
     def forward_features(
@@ -203,7 +200,7 @@ class RopeViT(VisionTransformer):
             coords: coordinates (N, A) or (B, N, A) of the patches; by default those of their grid
             memory: (B, memory_tokens, C) from an earlier call, replaces the learned memory tokens
         """
-        return self.norm(self._run_blocks(x, coords, memory, attn_mask, is_causal)[0])
+        return self.norm(last(self._run_blocks(x, coords, memory, attn_mask, is_causal)))
 
     def forward(
         self,
@@ -235,27 +232,31 @@ class RopeViT(VisionTransformer):
             raise ValueError(f"output_fmt is NCHW or NLC, got {output_fmt!r}")
         if output_fmt == "NCHW" and self.training and self.patch_drop is not None:
             raise ValueError("dropped patches leave no map; use output_fmt='NLC', eval mode or patch_drop_rate=0")
-        keep, last = feature_take_indices(len(self.blocks), indices)
+        indices_to_take, last_index = feature_take_indices(len(self.blocks), indices)
         grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
-        depth = last + 1 if stop_early else None
-        x, intermediates = self._run_blocks(x, coords, None, attn_mask, is_causal, depth, keep)
-        intermediates = [self.norm(tokens) if norm else tokens for tokens in intermediates]
-        prefix = [tokens[:, : self.num_prefix_tokens] for tokens in intermediates]
-        maps = [tokens[:, self.num_prefix_tokens :] for tokens in intermediates]
+        depth = last_index + 1 if stop_early else None
+        intermediates: list[Tensor] = []
+        tokens = x
+        for i, tokens in enumerate(self._run_blocks(x, coords, None, attn_mask, is_causal, depth)):
+            if i in indices_to_take:
+                intermediates.append(self.norm(tokens) if norm else tokens)
+        features = None if intermediates_only else self.norm(tokens)
+        prefix = [t[:, : self.num_prefix_tokens] for t in intermediates]
+        maps = [t[:, self.num_prefix_tokens :] for t in intermediates]
         if output_fmt == "NCHW":
-            maps = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in maps]
+            maps = [t.transpose(1, 2).unflatten(2, grid).contiguous() for t in maps]
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": maps}
             if return_prefix_tokens and self.num_prefix_tokens:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = self.norm(x)
+                result["image_features"] = features
             return result
         if return_prefix_tokens and self.num_prefix_tokens:
             maps = list(zip(maps, prefix, strict=True))
         if intermediates_only:
             return maps  # pyrefly: ignore[bad-return]  pairs with the prefix tokens, as in timm
-        return self.norm(x), maps  # pyrefly: ignore[bad-return]
+        return features, maps  # pyrefly: ignore[bad-return]
 
 
 def _check_options(
