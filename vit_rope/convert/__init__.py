@@ -69,8 +69,8 @@ def set_positions(model: nn.Module, spec: str) -> nn.Module:
     For example, `set_positions(model, "yarn(mixed, factor=2)")` extends a model that was trained
     with "mixed". Saved models store the new spec.
 
-    Raises TypeError for a model without positions. Raises ValueError, and changes nothing, for a
-    spec that does not fit the model or has parameters of other names or shapes.
+    Raises TypeError for other models. Raises ValueError, and changes nothing, for a U-Net without
+    positions and for a spec that does not fit or has parameters of other names or shapes.
     """
     method: Any = getattr(model, "set_position", None)
     if method is not None:

@@ -26,7 +26,8 @@ from ..positions import Encoding, build
 from ..positions.specs import rebuild
 from ..unet.maps import Kind, check_kind, reset_missing_parameters
 from .block import RopeBlock, last, run_blocks
-from .patches import format_size, patch_layout
+from .options import patch_layout
+from .patches import format_size
 
 
 class AdaLNBlock(RopeBlock):

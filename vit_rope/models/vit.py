@@ -21,12 +21,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..attention import check_linear
-from ..positions import Encoding, Layout, Position, build
+from ..positions import Encoding, Layout, build
 from ..positions.coords import take
 from ..positions.specs import rebuild
 from .block import RopeBlock, last, run_blocks
 from .memory import insert_memory
-from .patches import PatchCoordinates, PatchEmbed2d, PatchEmbedNd, patch_layout, sizes_per_axis
+from .options import check_options, patch_layout, sizes_per_axis
+from .patches import PatchCoordinates, PatchEmbed2d, PatchEmbedNd
 from .state_dicts import checkpoint_filter_fn as checkpoint_filter_fn  # where timm and fine-tuning look for it
 from .tracing import embed_positions
 
@@ -83,7 +84,7 @@ class RopeViT(VisionTransformer):
         fixed_size = None if dynamic_img_size else image
         patch_coords = PatchCoordinates(layout, in_chans, fixed_size, patch, dynamic_img_pad, augment)
         scheme = build(position, layout)
-        _check_options(memory_tokens, attention, scheme, layout, kwargs)
+        check_options(memory_tokens, attention, scheme, layout, kwargs)
         super().__init__(
             cast(Any, image),
             cast(Any, patch),
@@ -257,20 +258,3 @@ class RopeViT(VisionTransformer):
         if intermediates_only:
             return maps  # pyrefly: ignore[bad-return]  pairs with the prefix tokens, as in timm
         return features, maps  # pyrefly: ignore[bad-return]
-
-
-def _check_options(
-    memory_tokens: int, attention: str, scheme: Position, layout: Layout, kwargs: dict[str, Any]
-) -> None:
-    """Raise TypeError or ValueError for options that the model does not have or cannot combine."""
-    for name in ("attn_layer", "embed_layer"):
-        if name in kwargs:
-            raise TypeError(f"RopeViT chooses its own {name}; leave the option out")
-    if memory_tokens < 0:
-        raise ValueError(f"memory_tokens is a number of tokens, 0 or more, got {memory_tokens}")
-    if attention not in ("softmax", "linear"):
-        raise ValueError(f"attention is 'softmax' or 'linear', got {attention!r}")
-    if attention == "linear":
-        check_linear(scheme(layout.coords()))
-        if kwargs.get("attn_drop_rate", 0.0) > 0:
-            raise ValueError("linear attention has no weights to drop; leave attn_drop_rate out")
