@@ -1,4 +1,4 @@
-"""attend against loops in float64, and what it asks of torch's kernels."""
+"""attend against loops in float64, and its calls of torch's kernels."""
 
 import itertools
 import re
@@ -11,11 +11,12 @@ from tests import oracles
 from vit_rope.attention import attend, attend_qkv
 from vit_rope.positions import Encoding, Layout, build
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import RelativeTerm, Transform
+from vit_rope.positions.encoding import RelativeTerm
+from vit_rope.positions.transform import Transform
 
 COORDS = grid((2, 3)).double()
 ROTARY = build("mixed", Layout(width=16, heads=2, grid=(2, 3), depth=3))(COORDS, prefix=1)
-FIXED = ROTARY._replace(q=Transform(turn=[turn.detach() for turn in ROTARY.q.turn]))
+FIXED = ROTARY._replace(q=Transform(rotation=[table.detach() for table in ROTARY.q.rotation]))
 
 
 def qkv(tokens=7, dtype=torch.float64):
@@ -25,7 +26,7 @@ def qkv(tokens=7, dtype=torch.float64):
 
 def biased(layers=3, heads=2):
     bias = torch.randn(layers, 1, heads, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return FIXED._replace(bias=list(bias))
+    return FIXED._replace(biases=list(bias))
 
 
 CLOSED = torch.rand(7, 7, generator=torch.Generator().manual_seed(2)) < 0.3
@@ -50,29 +51,29 @@ def test_attend_is_the_loop(fused, encoding, masking):
         for b in range(2):
             for h in range(2):
                 rows = [q[b, h], k[b, h]]
-                if encoding.q.turn:
-                    turn = encoding.q.turn[layer % 3][0, :, h]
-                    angle = torch.cat((torch.zeros(1, 4), torch.atan2(turn[..., 1], turn[..., 0])))
+                if encoding.q.rotation:
+                    table = encoding.q.rotation[layer % 3][0, :, h]
+                    angle = torch.cat((torch.zeros(1, 4), torch.atan2(table[..., 1], table[..., 0])))
                     rows = [
                         torch.stack([oracles.rotation_matrix([1.0], angle[n][None]) @ x[n] for n in range(7)])
                         for x in rows
                     ]
                 bias = None
-                if encoding.bias:
-                    bias = encoding.bias[layer % len(encoding.bias)]
+                if encoding.biases:
+                    bias = encoding.biases[layer % len(encoding.biases)]
                     bias = bias[0, h % bias.shape[1]]
                 want = oracles.attention(*rows, v[b, h], bias, closed)
                 torch.testing.assert_close(out[b, h], want, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("encoding", [Encoding(), ROTARY, biased()])
-def test_packed_is_the_same_function(encoding):
+def test_attend_qkv_is_the_same_function(encoding):
     packed = torch.randn(2, 7, 48)
     q, k, v = packed.view(2, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
     torch.testing.assert_close(attend_qkv(packed, 2, encoding, 1), attend(q, k, v, encoding, 1), rtol=0, atol=0)
 
 
-def test_packed_leaves_its_input_alone():
+def test_attend_qkv_does_not_change_its_input():
     packed = torch.randn(2, 7, 48)
     kept = packed.clone()
     attend_qkv(packed, 2, ROTARY)
@@ -92,7 +93,7 @@ def test_without_a_bias_no_mask_reaches_the_kernel(spec, monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ["axial", "mixed", "alibi", 'alibi(distance="quadratic")', "shaw", "swin", "liere"])
-def test_keys_may_have_more_tokens_without_a_place_than_queries(spec):
+def test_keys_may_have_more_tokens_without_a_position_than_queries(spec):
     torch.manual_seed(0)
     position = build(spec, Layout(width=16, heads=2, grid=(2, 3), depth=1))
     q, k = torch.randn(1, 2, 7, 8, dtype=torch.float64), torch.randn(1, 2, 9, 8, dtype=torch.float64)
@@ -107,7 +108,7 @@ def test_keys_may_have_more_tokens_without_a_place_than_queries(spec):
     torch.testing.assert_close(rest, plain, rtol=0, atol=1e-9)
 
 
-def test_dropout_drops():
+def test_dropout_zeroes_weights():
     torch.manual_seed(0)
     q, k, v = qkv()
     for fused in (True, False):
@@ -120,21 +121,21 @@ def test_dropout_drops():
         (
             lambda: attend(*qkv(8), ROTARY),
             "the encoding places 7 tokens, but there are 8 queries; "
-            "give position(coords, prefix=…) the number of tokens that have no place",
+            "give position(coords, prefix=…) the number of tokens that have no position",
         ),
         (lambda: attend(qkv()[0], *qkv(8)[1:], ROTARY), "the encoding places 7 tokens, but there are 8 keys"),
         (
-            lambda: attend(*qkv(8), Encoding(bias=[torch.zeros(1, 1, 7, 7)])),
+            lambda: attend(*qkv(8), Encoding(biases=[torch.zeros(1, 1, 7, 7)])),
             "places 7 tokens, but there are 8 queries",
         ),
         (lambda: attend(*qkv(), ROTARY, mask=~CLOSED, causal=True), "attend takes a mask or causal=True, not both"),
         (
-            lambda: attend(*qkv(), Encoding(bias=[torch.zeros(1, 1, 7, 8)])),
+            lambda: attend(*qkv(), Encoding(biases=[torch.zeros(1, 1, 7, 8)])),
             "places 8 tokens, but there are 7 keys",
         ),
         (
             lambda: attend(
-                *qkv(), Encoding(terms=[[RelativeTerm(torch.ones(1, 1, 8), torch.zeros(1, 7, 6).long(), "v")]])
+                *qkv(), Encoding(term_lists=[[RelativeTerm(torch.ones(1, 1, 8), torch.zeros(1, 7, 6).long(), "v")]])
             ),
             "places 6 tokens, but there are 7 keys",
         ),
@@ -160,11 +161,11 @@ def test_bases_are_matrices_of_heads_their_blocks_or_one_for_all_tokens(shared, 
     dense = torch.zeros(*blocks.shape[:3], 8, 8, dtype=torch.float64)
     for s in range(4):
         dense[..., 2 * s : 2 * s + 2, 2 * s : 2 * s + 2] = blocks[..., s, :, :]
-    turned = [x.clone() for x in (q, k)]
-    for x, y in zip((q, k), turned, strict=True):
-        for b, h, n in itertools.product(range(2), range(3), range(placed)):  # the first token has no place
+    rotated = [x.clone() for x in (q, k)]
+    for x, y in zip((q, k), rotated, strict=True):
+        for b, h, n in itertools.product(range(2), range(3), range(placed)):  # the first token has no position
             y[b, h, n + 1] = x[b, h, n + 1] @ dense[b % len(dense), n, h % dense.shape[2]]
-    want = attend(*turned, v, Encoding())
+    want = attend(*rotated, v, Encoding())
     for basis in (blocks, dense):
         got = attend(q, k, v, Encoding(Transform(basis=[basis]), prefix=(1, 1)))
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)

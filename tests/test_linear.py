@@ -200,7 +200,7 @@ def test_linear_attention_is_added_and_removed_in_place():
     assert torch.equal(remove_positions(net)(x, 3).sample, stock)
 
 
-BIASED = Encoding(bias=[torch.zeros(1, 1, 7, 7)])
+BIASED = Encoding(biases=[torch.zeros(1, 1, 7, 7)])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from tests.helpers import images, randomised
 from vit_rope.ops.rotate import rotate
 from vit_rope.positions import Layout, build
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import tables
 
 NAME = "vit_rope_test_patch16_64"
 LAYOUT = Layout(16, 2, (2, 3))
@@ -34,7 +33,7 @@ def model(position="axial", **options):
 
 
 def turn_of(net, shape=(4, 4)):
-    return tables(net.position(grid(shape), grid=list(shape)).q)[0].detach()
+    return net.position(grid(shape), grid=list(shape)).q.tables()[0].detach()
 
 
 @pytest.mark.parametrize("spec", ROTARY)
@@ -52,7 +51,7 @@ def test_pain_02_a_trip_through_bfloat16_rounds_no_frequency(spec):  # transform
 
 def test_pain_03_far_positions_in_bfloat16():  # x-transformers #210
     q, at = torch.randn(1, 1, 1, 32), torch.tensor([[2048.0, 1023.0]])
-    turn = tables(build("axial", Layout(64, 2, (4, 4)))(at).q)[0]
+    turn = build("axial", Layout(64, 2, (4, 4)))(at).q.tables()[0]
     want = rotate(q.bfloat16().float(), turn)
     torch.testing.assert_close(rotate(q.bfloat16(), turn).float(), want, rtol=2**-8, atol=1e-6)
 
@@ -79,7 +78,7 @@ def test_pain_06_what_comes_out_has_the_type_that_went_in(dtype):  # xformers #3
 @pytest.mark.parametrize(("dtype", "ulp"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
 def test_pain_07_inductor_rotates_as_eager_does(dtype, ulp):  # torchtitan PR #2575
     x = torch.randn(2, 2, 6, 16, dtype=dtype)
-    turn = tables(build("axial", Layout(32, 2, (2, 3)))(100 * grid((2, 3))).q)[0]
+    turn = build("axial", Layout(32, 2, (2, 3)))(100 * grid((2, 3))).q.tables()[0]
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(rotate)(x, turn), rotate(x, turn), rtol=ulp, atol=1e-5)
 
@@ -123,7 +122,7 @@ def test_pain_12_oblong_images(shape):  # EVA #93, dinov2 #506
 @pytest.mark.parametrize("spec", ["axial", "xy(axial)"])
 def test_pain_13_golden_values_of_a_grid_that_is_not_square(spec):  # timm PR #2541
     scheme = build(spec.replace("axial", "axial(base=10)"), LAYOUT)
-    turn = tables(scheme(grid((2, 3))).q)[0][0, :, 0]
+    turn = scheme(grid((2, 3))).q.tables()[0][0, :, 0]
     for token, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]):
         first, last = (row, column) if spec == "axial" else (column, row)
         angles = torch.tensor([first * 1.0, first * 10**-0.5, last * 1.0, last * 10**-0.5])
@@ -140,7 +139,7 @@ def test_pain_14_pairs_of_other_peoples_weights(pairs):  # timm PR #2692, transf
     scores = []
     for scheme, (a, b) in ((other, (q, k)), (inter, (q[..., order], k[..., order]))):
         encoding = scheme(coords)
-        a, b = (rotate(t, tables(encoding.q)[0], encoding.stride) for t in (a, b))
+        a, b = (rotate(t, encoding.q.tables()[0], encoding.stride) for t in (a, b))
         scores.append(a @ b.transpose(-1, -2))
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-5)
 
@@ -155,7 +154,7 @@ def test_pain_15_patch_dropout():  # timm #2549
 def test_pain_16_a_subset_of_tokens():  # stable-pretraining PR #393
     position, places = build("mixed", Layout(64, 2, (4, 4))), grid((4, 4))
     some = torch.tensor([[3, 7, 1], [15, 0, 8]])
-    whole, part = (tables(position(at).q)[0] for at in (places, places[some]))
+    whole, part = (position(at).q.tables()[0] for at in (places, places[some]))
     torch.testing.assert_close(part, torch.stack([whole[0][rows] for rows in some]))
 
 
@@ -167,7 +166,7 @@ def test_pain_17_class_and_register_tokens_stay_unrotated(registers):  # x-trans
     net.blocks[0].attn.register_forward_pre_hook(lambda _, args: kept.update(encoding=args[1]))
     net(images((64, 64)))
     assert kept["encoding"].prefix[0] == 1 + registers
-    assert tables(kept["encoding"].q)[0].shape[1] == 16
+    assert kept["encoding"].q.tables()[0].shape[1] == 16
 
 
 def test_pain_18_learned_frequencies_three_steps():  # rotary-embedding-torch #18
@@ -225,9 +224,9 @@ def test_pain_23_results_never_depend_on_earlier_calls():  # rotary-embedding-to
 def test_pain_24_autocast_of_the_device_at_hand(spec):  # rotary-embedding-torch #46
     scheme = build(spec, Layout(64, 2, (4, 4)))
     places = grid((4, 4)) + 500
-    want = tables(scheme(places).q)[0].detach()
+    want = scheme(places).q.tables()[0].detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(tables(scheme(places).q)[0].detach(), want)
+        assert torch.equal(scheme(places).q.tables()[0].detach(), want)
 
 
 def test_pain_25_six_sizes_in_two_graphs():  # pytorch #150702, quack #150
@@ -283,7 +282,7 @@ def test_pain_30_31_one_table_a_forward(depth):  # rope-vit #8, torchtune PR #19
     net.position.register_forward_hook(lambda module, arguments, encoding: made.append(encoding))
     with torch.no_grad():
         net(images((64, 64)))
-    (table,) = made[0].q.turn
+    (table,) = made[0].q.rotation
     assert len(made) == 1
     assert table.shape == (1, 16, 1, 16, 2)  # for all samples, heads and layers
 
@@ -295,18 +294,20 @@ def test_pain_32_any_number_of_axes_any_split(axes, share):  # rope-vit #12, Cog
     q, k = torch.randn(2, 1, 1, 1, 64, dtype=torch.float64)
     here, there, shift = torch.randn(3, 1, axes, dtype=torch.float64)
     scores = [
-        float(rotate(q, tables(scheme(here + s).q)[0]).flatten() @ rotate(k, tables(scheme(there + s).q)[0]).flatten())
+        float(
+            rotate(q, scheme(here + s).q.tables()[0]).flatten() @ rotate(k, scheme(there + s).q.tables()[0]).flatten()
+        )
         for s in (0 * shift, shift)
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
-    assert torch.equal(rotate(q, tables(scheme(here).q)[0])[..., sum(share) :], q[..., sum(share) :])
+    assert torch.equal(rotate(q, scheme(here).q.tables()[0])[..., sum(share) :], q[..., sum(share) :])
 
 
 def test_pain_33_a_partial_rotation_against_the_matrix_exponential():  # rotary-embedding-torch #4, LTX-Video #224
     layout, coords = Layout(40, 2, (3, 4)), grid((3, 4)).double()
     x = torch.randn(12, 20, dtype=torch.float64)
     want = oracles.rotate(x, coords, oracles.axial_frequencies((4, 8), 100.0, 2), False)
-    turn = tables(build("axial(share=(4, 8))", layout)(coords).q)[0]
+    turn = build("axial(share=(4, 8))", layout)(coords).q.tables()[0]
     torch.testing.assert_close(rotate(x[None, None], turn)[0, 0], want, rtol=0, atol=2e-6)
 
 

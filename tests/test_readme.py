@@ -1,4 +1,4 @@
-"""What the README and CONTRIBUTING show, run as it stands there."""
+"""The examples, commands, links and names in README, CONTRIBUTING and docs/ are correct."""
 
 import csv
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vit_rope.positions import Layout, build, schemes, specs
+from vit_rope.analysis import assert_relative, assert_reversible
+from vit_rope.positions import Layout, Sum, build, schemes, specs
 from vit_rope.positions.presets import presets
 
 ROOT = Path(__file__).parents[1]
@@ -43,11 +44,16 @@ def test_the_page_about_timm_lists_every_preset():
 
 
 def test_the_contributed_scheme_runs():
-    name = "spiral"
+    name = "goldenangle"
     try:
-        exec(blocks((ROOT / "CONTRIBUTING.md").read_text(), "python")[0], {"__name__": "spiral"})
+        exec(blocks((ROOT / "CONTRIBUTING.md").read_text(), "python")[0], {"__name__": name})
         layout = Layout(width=64, heads=2, grid=(4, 4))
-        assert build("spiral(base=20) + learned", layout)(layout.coords()).q.turn[0].shape == (1, 16, 1, 16, 2)
+        assert isinstance(build("goldenangle(base=20) + learned", layout), Sum)
+        position = build("goldenangle", layout)
+        assert_relative(position)
+        assert_reversible(position, (4, 4))
+        with pytest.raises(ValueError, match="goldenangle needs 2 axes, got 1; use axial"):
+            build("goldenangle", Layout(width=64, heads=2, grid=(4,)))
     finally:
         specs._SCHEMES.pop(name, None)
 
@@ -58,16 +64,43 @@ def test_the_table_names_every_scheme():
         assert f"`{name}" in table, name
 
 
+def test_the_table_names_the_folders_of_the_schemes():
+    table = README.partition("## Schemes")[2].partition("```")[0]
+    positions = ROOT / "vit_rope" / "positions"
+    named = set(re.findall(r"^\| `(\w+/)", table, re.MULTILINE))
+    assert named == {f"{path.parent.name}/" for path in positions.glob("*/__init__.py")}
+    for path in re.findall(r"`([\w/]+\.py)`", table):
+        assert (positions / path).exists(), path
+
+
+@pytest.mark.parametrize("path", ["README.md", "vit_rope/positions/base.py", "vit_rope/attention.py"])
+def test_the_idea_stands_where_a_reader_looks(path):
+    idea = "A position scheme is a function of coordinates. "
+    idea += "Attention asks it what to do and never asks which scheme it is."
+    assert idea in " ".join((ROOT / path).read_text().split())
+
+
 def test_quick_start_is_two_commands():
     section = README.partition("## Quick start")[2].partition("\n## ")[0]
     assert len(blocks(section, "bash")) == 2
     assert section.count("```") == 4
 
 
-def test_files_that_the_pages_link_to_exist():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_the_pages_link_to_exist(page):
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_the_pages_name_exist(page):
+    for path in re.findall(r"`(?:[^`]* )?((?:vit_rope|tests|configs|docs|results)/[\w/.]++)(?!\{)", page.read_text()):
+        if path.endswith("goldenangle.py") or "NAME" in path:  # files that the reader is to write
+            continue
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
 @pytest.mark.slow

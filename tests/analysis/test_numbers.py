@@ -12,7 +12,8 @@ from vit_rope.analysis import kernel, reversibility_margin
 from vit_rope.analysis.catalogue import CLAIMS, specs_for
 from vit_rope.cli.schemes import scheme_table
 from vit_rope.positions import Encoding, Layout, Position, Rotary, build, schemes
-from vit_rope.positions.encoding import RelativeTerm, Transform
+from vit_rope.positions.encoding import RelativeTerm
+from vit_rope.positions.transform import Transform
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ class Distances(Position):
 
     def encode(self, coords, key_coords, grid):
         keys = coords if key_coords is None else key_coords
-        return Encoding(bias=[self.function(keys[None] - coords[:, None])[None, None]])
+        return Encoding(biases=[self.function(keys[None] - coords[:, None])[None, None]])
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ class Tables(Position):
         vectors = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
         clipped = (torch.arange(27) - 13).clamp(-4, 4) + 4
         table = (vectors[0, clipped][:, None] + vectors[1, clipped][None]).flatten(0, 1)[None]
-        return Encoding(terms=[[RelativeTerm(table, index[None], "q")]])
+        return Encoding(term_lists=[[RelativeTerm(table, index[None], "q")]])
 
 
 def test_distinct_rows_of_tables():

@@ -96,8 +96,10 @@ def looks(position: Position, layout: Layout, queries, keys) -> float:
     values = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64).expand(1, layout.heads, -1, -1)
     clean = Encoding()
     encoding = encoding._replace(v=clean.v, out=clean.out)
-    if encoding.terms:
-        encoding = encoding._replace(terms=[[t for t in layer if t.acts_on != "v"] for layer in encoding.terms])
+    if encoding.term_lists:
+        encoding = encoding._replace(
+            term_lists=[[t for t in layer if t.acts_on != "v"] for layer in encoding.term_lists]
+        )
     found = [attend(q, k, values, encoding, layer) for layer in range(layout.depth)]
     return max((w[..., 0] - w[..., 1]).abs().max().item() for w in found)
 

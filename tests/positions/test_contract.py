@@ -13,7 +13,7 @@ from vit_rope.attention import attend
 from vit_rope.models.vit import RopeViT
 from vit_rope.positions import Encoding, Position
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import Transform
+from vit_rope.positions.transform import Transform
 
 
 def tokens(layout, batch=2, seed=1):
@@ -49,8 +49,8 @@ def same(a: Encoding, b: Encoding) -> bool:
 
 def weights_of(q, k, encoding, layer=0):
     """Attention weights (B, H, N, M), read off values that are one-hot, which nothing turns and no term adds to."""
-    terms = encoding.terms and [[term for term in terms if term.acts_on != "v"] for terms in encoding.terms]
-    encoding = encoding._replace(v=Transform(), out=Transform(), terms=terms)
+    terms = encoding.term_lists and [[term for term in terms if term.acts_on != "v"] for terms in encoding.term_lists]
+    encoding = encoding._replace(v=Transform(), out=Transform(), term_lists=terms)
     return attend(q, k, torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:2], -1, -1), encoding, layer)
 
 

@@ -28,9 +28,8 @@ from vit_rope.attention import attend
 from vit_rope.ops.rotate import rotate
 from vit_rope.ops.tables import angles
 from vit_rope.positions import Layout, Rotary, build
-from vit_rope.positions.encoding import tables
 from vit_rope.positions.presets import presets
-from vit_rope.positions.rotary.coordinates import Measured, Reference
+from vit_rope.positions.rotary.coordinates import Reference, Rescaled
 from vit_rope.positions.rotary.exact import Exact
 
 SHAPE = (5, 7)
@@ -52,14 +51,14 @@ def same(name, cos, sin, exact=True, head=64, shape=SHAPE, coords=None):
     scheme, layout = position(name, head, shape)
     places = layout.coords(shape) if coords is None else coords
     grid = list(shape) if coords is None else None
-    turn = tables(scheme(places, grid=grid).q)[0][0, :, 0].detach()
+    turn = scheme(places, grid=grid).q.tables()[0][0, :, 0].detach()
     for ours, theirs in zip(turn.unbind(-1), (cos, sin), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1.2e-7 if exact else 1e-6)
     if exact:
         if isinstance(scheme, Reference):
             places, scheme = scheme.measure(places, grid), scheme.scheme
         if not isinstance(scheme, Exact):
-            theta = angles(scheme.initial, places)[0, 0, :, 0]
+            theta = angles(scheme.frequencies(places), places)[0, 0, :, 0]
             turn = torch.stack((theta.cos(), theta.sin()), dim=-1)
         assert torch.equal(turn[..., 0], cos)
         assert torch.equal(turn[..., 1], sin)
@@ -89,7 +88,7 @@ def test_timms_axial_tables(name, head, options, shape):
     x = torch.randn(1, 1, math.prod(shape), head)
     scheme, layout = position(name, head, shape)
     encoding = scheme(layout.coords(shape), grid=list(shape))
-    turned = rotate(x, tables(encoding.q)[0], encoding.stride)
+    turned = rotate(x, encoding.q.tables()[0], encoding.stride)
     torch.testing.assert_close(turned, apply_rot_embed_cat(x, rope.get_embed(shape), half=half), rtol=0, atol=1e-6)
 
 
@@ -100,7 +99,7 @@ def test_dinov3(shape, unit):
     layout = Layout(128, 2, shape, unit=unit[1])
     encoding = build("dinov3", layout)(layout.coords())
     assert encoding.stride == 32
-    turn = tables(encoding.q)[0][0, :, 0]
+    turn = encoding.q.tables()[0][0, :, 0]
     for ours, theirs in zip(turn.unbind(-1), timm_table(rope, "half", shape), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -110,7 +109,7 @@ def test_dinov3_with_the_periods_that_meta_publishes():
     rope.periods = rope.periods.bfloat16().float()
     same("dinov3_meta", *timm_table(rope, "half"))
     exact, rounded = (
-        tables(scheme(layout.coords()).q)[0] for scheme, layout in map(position, ("dinov3", "dinov3_meta"))
+        scheme(layout.coords()).q.tables()[0] for scheme, layout in map(position, ("dinov3", "dinov3_meta"))
     )
     assert 1e-3 < (exact - rounded).abs().max() < 0.01
 
@@ -121,7 +120,7 @@ def test_mixed_with_timms_frequencies():
     scheme.freqs.data.copy_(rope.freqs.flip(0).permute(1, 2, 0, 3))
     encoding = scheme(layout.coords(), grid=list(SHAPE))
     sin, cos = rope.get_embed(SHAPE).chunk(2, -1)
-    for layer, turn in enumerate(tables(encoding.q)):
+    for layer, turn in enumerate(encoding.q.tables()):
         torch.testing.assert_close(turn[0, ..., 0].transpose(0, 1), cos[layer, ..., ::2], rtol=0, atol=2e-6)
         torch.testing.assert_close(turn[0, ..., 1].transpose(0, 1), sin[layer, ..., ::2], rtol=0, atol=2e-6)
 
@@ -140,7 +139,7 @@ def test_gemma4_pairs_within_the_channels_of_each_axis():
     x = torch.randn(1, 35, 2, 64)
     want = apply_multidimensional_rope(x, *rope(x, places.flip(-1)[None].long()))
     encoding = scheme(places, grid=list(SHAPE))
-    got = rotate(x.transpose(1, 2), tables(encoding.q)[0], encoding.stride).transpose(1, 2)
+    got = rotate(x.transpose(1, 2), encoding.q.tables()[0], encoding.stride).transpose(1, 2)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
@@ -183,7 +182,7 @@ def test_mochi_is_frequencies_and_coordinates():
     scheme, _ = position("mochi", shape=(3, *SHAPE))
     scheme.freqs.data.copy_(freqs.transpose(0, 1))
     cos, sin = rope(freqs, 3, *SHAPE, dtype=torch.float32)
-    turn = tables(scheme(coords).q)[0][0].detach()
+    turn = scheme(coords).q.tables()[0][0].detach()
     torch.testing.assert_close(turn[..., 0], cos, rtol=0, atol=2e-4)  # its angles, of 100 and more, are made by matmul
     torch.testing.assert_close(turn[..., 1], sin, rtol=0, atol=2e-4)
 
@@ -234,23 +233,25 @@ def test_every_preset_builds_and_says_where_it_comes_from(name):
     preset = presets()[name]
     scheme, layout = position(name, head=128, shape=(3, 4, 5, 2)[: preset.axes])
     assert layout.axes == preset.axes
-    assert isinstance(scheme, Rotary | Measured) or name == "vjepa2"
+    assert isinstance(scheme, Rotary | Rescaled) or name == "vjepa2"
     assert re.search(r"timm|diffus|transformers|vit|torch|/", preset.source)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("xy(axial(learned=True))", "such as xy(axial), not LearnedSpeeds"),
         ("spectrum(axial, first=0)", "spectrum needs a positive first and last speed, got 0 and 100.0"),
-        ("spectrum(goldengate, learned=True)", "spectrum learns the speeds of a scheme whose layers and heads turn"),
-        ("spectrum(dinov3)", "spectrum modifies axial and its kin, not DinoV3, which computes its own speeds"),
+        (
+            "spectrum(goldengate, learned=True)",
+            "spectrum(learned=True) needs a scheme whose layers and heads rotate alike",
+        ),
+        ("spectrum(dinov3)", "spectrum cannot modify DinoV3, which computes its own speeds"),
         ("ltx(base=0)", "ltx needs base > 0, an even head_dim and a width of 4 or more, got 0, 64 and 128"),
         ("normalize(axial, low=1)", "normalize needs low and high to differ, got 1 for both"),
-        ("goldengate(rounds=0)", "goldengate finds its ratio in 1 round or more, got 0"),
-        ("xy(learned)", "xy modifies a rotary scheme with frequencies for each axis, such as xy(axial)"),
-        ("alternate(axial(share=(16, 24)))", "axes alternate where each has as many pairs of its own as the others"),
-        ("alternate(mixed)", "axes alternate where each has as many pairs of its own as the others"),
+        ("goldengate(rounds=0)", "goldengate needs 1 round or more to compute its ratio, got 0"),
+        ("xy(learned)", "xy modifies rotary schemes with frequencies for each axis, such as xy(axial), not Learned"),
+        ("alternate(axial(share=(16, 24)))", "alternate needs as many pairs of its own for each axis"),
+        ("alternate(mixed)", "alternate needs as many pairs of its own for each axis"),
         ("reference(axial, grid=(4, 4, 4))", "reference grid (4, 4, 4) has 3 axes, the layout 2"),
         ("reference(axial, grid=(4, 0))", "a grid needs at least one cell"),
         ("mrope(idle=-1)", "mrope needs idle >= 0, base > 0 and an even head_dim"),
@@ -267,5 +268,5 @@ def test_refusals(spec, message):
 def test_a_span_is_the_same_in_every_unit(places):
     cos_sin = []
     for layout in (Layout(128, 2, (5, 4)), Layout(128, 2, (5, 4), **places)):
-        cos_sin.append(tables(build("normalize(axial, high=3)", layout)(layout.coords(SHAPE), grid=list(SHAPE)).q)[0])
+        cos_sin.append(build("normalize(axial, high=3)", layout)(layout.coords(SHAPE), grid=list(SHAPE)).q.tables()[0])
     torch.testing.assert_close(*cos_sin, rtol=0, atol=2e-6)

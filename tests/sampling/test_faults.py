@@ -1,4 +1,4 @@
-"""vit-rope sample and quality at files and wishes that make no sense: one line, and nothing written."""
+"""vit-rope sample and quality with bad files and options: one line of error, nothing written."""
 
 import json
 import re
@@ -33,10 +33,10 @@ def copy(pipeline, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    trained = transformer(classes=2)
+    denoiser = transformer(classes=2)
     return {
-        "state_dict": {f"model.{key}": value for key, value in trained.unet.state_dict().items()},
-        "denoiser": sampling.describe(trained),
+        "state_dict": {f"model.{key}": value for key, value in denoiser.model.state_dict().items()},
+        "denoiser": sampling.describe(denoiser),
         "pytorch-lightning_version": "2.6.6",
     }
 
@@ -58,28 +58,40 @@ def change(folder, name, **values):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "no denoiser that can be sampled"),
-        (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(50)), "no denoiser that can"),
+        (
+            lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
+            "does not hold a denoiser that can be sampled",
+        ),
+        (
+            lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(50)),
+            "does not hold a denoiser that can",
+        ),
         (lambda f: (f / "unet" / "config.json").unlink(), "config.json"),
         (lambda f: (f / "model_index.json").write_text("[1]"), "(AttributeError"),
         (lambda f: (f / "model_index.json").write_text("{bad"), "(JSONDecodeError"),
         (lambda f: change(f, "model_index.json", unet=None), "(TypeError"),
-        (lambda f: change(f, "model_index.json", unet=[1, 2]), "model_index.json is damaged, or of no denoiser"),
+        (
+            lambda f: change(f, "model_index.json", unet=[1, 2]),
+            "model_index.json is damaged, or does not hold",
+        ),
         (lambda f: (f / "labels.json").write_text('{"foo": 1}'), "(TypeError"),
         (lambda f: change(f, "labels.json", classes="a"), "(TypeError"),
-        (lambda f: change(f, "labels.json", classes=50), "embeds 3 labels, but is said to have 50, and 2 for any"),
+        (
+            lambda f: change(f, "labels.json", classes=50),
+            "3 labels, but its files give 50 classes and null label 2",
+        ),
         (lambda f: change(f, "unet/config.json", patch_size=0), "model_index.json"),
         (
             lambda f: change(f, "scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
-            "cannot sample by the schedule of a FlowMatchEulerDiscreteScheduler",
+            "cannot sample with the noise schedule of a FlowMatchEulerDiscreteScheduler",
         ),
         (
             lambda f: change(f, "scheduler/scheduler_config.json", prediction_type="flow_prediction"),
-            "the model predicts 'flow_prediction'; sample knows epsilon, sample, v_prediction",
+            "the model predicts 'flow_prediction'; sampling supports epsilon, sample, v_prediction",
         ),
     ],
 )
-def test_damaged_pipelines_are_named_in_a_line(copy, tmp_path, damage, message):
+def test_damaged_pipelines_are_named_in_one_line(copy, tmp_path, damage, message):
     damage(copy)
     assert message in refused(copy, "--label", 1, "--n", 1, "--steps", 1, "--out", tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
@@ -100,7 +112,7 @@ def test_damaged_pipelines_are_named_in_a_line(copy, tmp_path, damage, message):
         (lambda c: c["denoiser"]["unet"].update(sample_size="x"), "damaged"),
     ],
 )
-def test_damaged_checkpoints_are_named_in_a_line(checkpoint, tmp_path, damage, message):
+def test_damaged_checkpoints_are_named_in_one_line(checkpoint, tmp_path, damage, message):
     content = {
         **checkpoint,
         "denoiser": {k: dict(v) if isinstance(v, dict) else v for k, v in checkpoint["denoiser"].items()},
@@ -121,28 +133,28 @@ def test_damaged_checkpoints_are_named_in_a_line(checkpoint, tmp_path, damage, m
         (("--guidance", "nan"), "guidance is a finite number, got nan"),
     ],
 )
-def test_wishes_that_cannot_be(pipeline, tmp_path, monkeypatch, options, message):
+def test_impossible_options(pipeline, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("mine")
     assert message in refused(pipeline, "--label", 1, "--n", 1, "--steps", 1, *options)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
-def test_models_that_make_no_pictures(tmp_path):
+def test_models_whose_images_cannot_be_written(tmp_path):
     four = convolutions(channels=4)
     sampling.save(four, tmp_path / "four")
     assert "images of 4 channels; a picture has 1 or 3" in refused(tmp_path / "four", "--out", tmp_path / "a.png")
     assert sample(four, 1, 1).shape == (1, 4, 16, 16)
     wide = transformer(out_channels=2)
-    with pytest.raises(ValueError, match="makes 2 channels of 1; sample wants as many as it sees"):
+    with pytest.raises(ValueError, match="predicts 2 channels from 1; sampling needs equal numbers"):
         sample(wide, 1, 1)
     wide = transformer()
     wide.noise.alphas_cumprod[-1] = 0.0
-    with pytest.raises(ValueError, match=re.escape("dpm++1s divides by what the last noise level leaves")):
+    with pytest.raises(ValueError, match=re.escape("dpm++1s divides by the signal of the last noise level")):
         sample(wide, 1, 2, "dpm++1s")
 
 
-def test_full_disks_leave_no_half_pictures(pipeline, tmp_path, monkeypatch):
+def test_full_disks_leave_no_partial_files(pipeline, tmp_path, monkeypatch):
     def full(image, file, *args, **options):
         file.write(b"half")
         raise OSError(28, "No space left on device")
@@ -153,7 +165,7 @@ def test_full_disks_leave_no_half_pictures(pipeline, tmp_path, monkeypatch):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_an_interrupt_says_what_is_written(pipeline, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_reports_what_is_written(pipeline, tmp_path, monkeypatch, capsys):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
@@ -164,7 +176,7 @@ def test_an_interrupt_says_what_is_written(pipeline, tmp_path, monkeypatch, caps
     assert "stopped; images in --png-dir are whole" in capsys.readouterr().err
 
 
-def test_quality_looks_before_it_works(tmp_path, monkeypatch):
+def test_quality_checks_options_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("mine")
     for options, message in (
         (["--out", str(tmp_path / "taken")], "taken exists; give --out another name"),
@@ -177,15 +189,15 @@ def test_quality_looks_before_it_works(tmp_path, monkeypatch):
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def test_an_export_that_the_disk_refuses_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_failed_export_keeps_the_previous_one(tmp_path, monkeypatch):
     module = Diffusion("RopeDiT", TINY, num_classes=10, in_chans=1, img_size=8)
     state, folder = module.state_dict(), tmp_path / "exported"
     module.export(folder, state, {})
     before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
 
-    def full(trained, beside):
-        beside.mkdir()
-        (beside / "half").write_text("half")
+    def full(denoiser, temporary):
+        temporary.mkdir()
+        (temporary / "half").write_text("half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(sampling, "save", full)

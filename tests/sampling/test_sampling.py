@@ -1,10 +1,11 @@
-"""Denoisers: what they learn, how they are sampled, the command line around both, and how samples are scored."""
+"""Denoisers: training, sampling, the command line around both, and scores of samples."""
 
 import contextlib
 import csv
 import io
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +88,7 @@ def judge(tmp_path_factory):
     return folder / "run"
 
 
-# What a model learns
+# Targets and losses
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
@@ -99,7 +100,8 @@ def test_targets_and_weights_are_the_formulas(kind):
     signal, sigma = kept.sqrt(), (1 - kept).sqrt()
     noisy = signal * images + sigma * drawn
     target = make_target(noise, images, drawn, steps)
-    # a prediction off by `error` means an image off by error times `scale`, whose square min-SNR weighs by min(SNR, 5)
+    # an error of the prediction is `scale` times that error in the image, whose square min-SNR
+    # weighs by min(SNR, 5)
     wanted, scale = {
         "epsilon": (drawn, sigma / signal),
         "sample": (images, torch.ones(4, 1, 1, 1)),
@@ -118,7 +120,7 @@ def test_targets_and_weights_are_the_formulas(kind):
 
 @pytest.mark.parametrize("size", [4000, 250, 3])
 def test_losses_are_the_squared_error_by_noise_level(monkeypatch, size):
-    """The same whatever the size of a batch: the next image is at the next level."""
+    """The same for every batch size: the next image is at the next level."""
     module = Diffusion("RopeDiT", TINY, num_classes=10, in_chans=1, img_size=8).eval()  # predicts zeros
     logged = {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value.item()}))
@@ -135,7 +137,7 @@ def test_losses_are_the_squared_error_by_noise_level(monkeypatch, size):
     assert logged["val/loss"] == pytest.approx(float(kept.mean()), rel=0.02)
 
 
-def test_validation_noise_is_the_same_each_time_and_leaves_training_alone(monkeypatch):
+def test_validation_noise_is_the_same_each_time_and_does_not_affect_training(monkeypatch):
     module = Diffusion("RopeDiT", TINY, num_classes=10, in_chans=1, img_size=8).eval()
     shaken(module.model)
     found = []
@@ -174,7 +176,7 @@ def test_positions_and_labels_do_not_decay():
     names = module.no_weight_decay()
     assert names == {f"model.{name}" for name in module.model.no_weight_decay()}
     assert len(names) == 3
-    unet = convolutions().unet
+    unet = convolutions().model
     module.model = RopeUNet2DModel.from_config({**unet.config, "position": "mixed + learned"})
     assert len(module.no_weight_decay()) == 2 * 4  # a table and directions in each of four attentions
 
@@ -183,7 +185,10 @@ def test_positions_and_labels_do_not_decay():
 
 
 class Exact(nn.Module):
-    """The best denoiser of pixels that are -0.6 or 0.5, whose predictions are off by `error` of their spread."""
+    """The best denoiser of pixels that are -0.6 or 0.5.
+
+    Its predictions have normal errors, whose deviation is `error` times their own.
+    """
 
     config = SimpleNamespace(in_channels=1)
 
@@ -212,25 +217,28 @@ class Exact(nn.Module):
 def test_every_scheduler_draws_what_an_exact_denoiser_knows(name, schedule):
     for kind in ("v_prediction", "epsilon", "sample"):
         noise = make_noise(1000, schedule, kind)
-        for error, most in ((0.0, 0.03), (0.05, 0.08)):  # unclipped, the second blows up by the factor of a hundred
+        for error, most in (
+            (0.0, 0.03),
+            (0.05, 0.08),
+        ):  # without clipping, the second grows by a factor of 100
             scheduler = sampling.make_scheduler(name, noise, 20)
             generators = [torch.Generator().manual_seed(i) for i in range(4)]
             start = torch.cat([torch.randn(1, 1, 16, 16, generator=generator) for generator in generators])
             images = sampling.denoise(Denoiser(Exact(noise, error), noise), scheduler, start, generators)
             nearest = torch.where(images > -0.05, 0.5, -0.6)
-            # these two overshoot, but stay where they are
+            # pndm and deis overshoot, but remain stable
             assert (images - nearest).abs().mean() < most * (3 if name in ("pndm", "deis") else 1), (kind, error)
             assert 0.4 < (images > -0.05).float().mean() < 0.6
 
 
 def test_ddpm_is_what_the_pipeline_of_diffusers_draws(tmp_path):
-    trained = convolutions()
-    sampling.save(trained, tmp_path / "pipeline")
+    denoiser = convolutions()
+    sampling.save(denoiser, tmp_path / "pipeline")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     theirs = pipeline(2, generators, num_inference_steps=20, output_type="pt").images * 2 - 1
-    torch.testing.assert_close(sample(trained, 2, 20, "ddpm"), theirs, rtol=0, atol=2e-3)
+    torch.testing.assert_close(sample(denoiser, 2, 20, "ddpm"), theirs, rtol=0, atol=2e-3)
 
 
 # Seeds, tiles, sizes, labels
@@ -238,60 +246,60 @@ def test_ddpm_is_what_the_pipeline_of_diffusers_draws(tmp_path):
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++sde", "euler-a"])
 @pytest.mark.parametrize("make", [transformer, convolutions])
-def test_an_image_is_the_same_however_many_are_drawn(make, name):
-    trained = make(size=(20, 24))  # tiles of eight
+def test_an_image_does_not_depend_on_how_many_are_drawn(make, name):
+    denoiser = make(size=(20, 24))  # tiles of eight
     assert sampling.tile_size((20, 24), torch.device("cpu")) == 8
-    many = sample(trained, 13, 3, name, seed=5)
-    assert torch.equal(sample(trained, 3, 3, name, seed=5), many[:3])
+    many = sample(denoiser, 13, 3, name, seed=5)
+    assert torch.equal(sample(denoiser, 3, 3, name, seed=5), many[:3])
     for batch in (4, 100):
-        parts = list(sample_batches(trained, SampleConfig(11, 3, name, seed=5, batch=batch)))
+        parts = list(sample_batches(denoiser, SampleConfig(11, 3, name, seed=5, batch=batch)))
         assert {len(part) for part in parts[:-1]} <= {batch}
         assert torch.equal(torch.cat(parts), many[:11])
-    torch.testing.assert_close(sample(trained, 1, 3, name, seed=7), many[2:3], rtol=0, atol=1e-3)
+    torch.testing.assert_close(sample(denoiser, 1, 3, name, seed=7), many[2:3], rtol=0, atol=1e-3)
     assert not torch.equal(many[0], many[1])
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
-def test_a_walk_leads_from_one_seed_to_another(name):
-    trained = transformer(size=32)
-    images = sample(trained, 6, 4, name, seed=3, end_seed=8)
-    assert torch.equal(images[0], sample(trained, 1, 4, name, seed=3)[0])
-    if name == "ddim":  # which adds no noise of its own, as the other one does of the first seed
-        torch.testing.assert_close(images[-1], sample(trained, 1, 4, name, seed=8)[0])
+def test_interpolation_between_seeds(name):
+    denoiser = transformer(size=32)
+    images = sample(denoiser, 6, 4, name, seed=3, end_seed=8)
+    assert torch.equal(images[0], sample(denoiser, 1, 4, name, seed=3)[0])
+    if name == "ddim":  # it adds no noise at its steps; ddpm adds that of the first seed
+        torch.testing.assert_close(images[-1], sample(denoiser, 1, 4, name, seed=8)[0])
     steps = (images[1:] - images[:-1]).flatten(1).norm(dim=1)
     assert steps.min() > 0.1
     assert steps.max() < (images[-1] - images[0]).norm()
-    parts = torch.cat(list(sample_batches(trained, SampleConfig(6, 4, name, seed=3, end_seed=8, batch=4))))
+    parts = torch.cat(list(sample_batches(denoiser, SampleConfig(6, 4, name, seed=3, end_seed=8, batch=4))))
     assert torch.equal(parts, images)
     noise = torch.randn(2, 50_000)
-    for share in (0, 0.3, 1):
-        assert sampling.slerp(noise[0], noise[1], share).std() == pytest.approx(1, abs=0.02)
+    for fraction in (0, 0.3, 1):
+        assert sampling.slerp(noise[0], noise[1], fraction).std() == pytest.approx(1, abs=0.02)
 
 
 def test_guidance_and_labels():
-    trained = transformer(classes=3)
-    of_one = sample(trained, 4, 3, labels=[1])
-    in_turn = sample(trained, 4, 3, labels=[0, 1])
+    denoiser = transformer(classes=3)
+    of_one = sample(denoiser, 4, 3, labels=[1])
+    in_turn = sample(denoiser, 4, 3, labels=[0, 1])
     assert torch.equal(in_turn[1::2], of_one[1::2])
     assert not torch.equal(in_turn[0], of_one[0])
-    anything = sample(trained, 4, 3)
+    anything = sample(denoiser, 4, 3)
     assert not torch.equal(anything, of_one)
-    torch.testing.assert_close(sample(trained, 4, 3, labels=[1], guidance=1 + 1e-6), of_one, rtol=0, atol=1e-3)
-    torch.testing.assert_close(sample(trained, 4, 3, labels=[1], guidance=0.0), anything, rtol=0, atol=1e-3)
-    assert (sample(trained, 4, 3, labels=[1], guidance=3.0) - of_one).abs().max() > 0.01
+    torch.testing.assert_close(sample(denoiser, 4, 3, labels=[1], guidance=1 + 1e-6), of_one, rtol=0, atol=1e-3)
+    torch.testing.assert_close(sample(denoiser, 4, 3, labels=[1], guidance=0.0), anything, rtol=0, atol=1e-3)
+    assert (sample(denoiser, 4, 3, labels=[1], guidance=3.0) - of_one).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(("size", "shape"), [((4, 12), (4, 12)), (None, (8, 8)), ([16, 8], (16, 8))])
-def test_sizes_never_trained_on(size, shape):
+def test_sizes_other_than_that_of_training(size, shape):
     assert sample(transformer(), 2, 2, size=size).shape == (2, 1, *shape)
     if size != (4, 12):
         assert sample(convolutions(size=8), 2, 2, size=size).shape == (2, 3, *shape)
 
 
-def test_watching():
+def test_callback():
     seen = []
-    images = sample(transformer(), 70, 4, callback=lambda share, x: seen.append((share, x.clone())))
-    assert [share for share, _ in seen] == [i / 8 for i in (0, 1, 2, 3, 4, 4, 5, 6, 7, 8)]
+    images = sample(transformer(), 70, 4, callback=lambda fraction, x: seen.append((fraction, x.clone())))
+    assert [fraction for fraction, _ in seen] == [i / 8 for i in (0, 1, 2, 3, 4, 4, 5, 6, 7, 8)]
     assert torch.equal(torch.cat((seen[4][1], seen[9][1])), images)
 
 
@@ -301,32 +309,32 @@ def test_watching():
         ({"scheduler": "dpm"}, r"unknown scheduler 'dpm'; there are ddim, ddpm, dpm\+\+, .*pndm"),
         (
             {"size": (8, 10)},
-            "8 x 10 do not divide by 4, which is how much this RopeDiT downsamples; take 8 x 8",
+            "8 x 10 are not divisible by 4, the factor by which this RopeDiT downsamples; take 8 x 8",
         ),
         ({"size": (0, 8)}, "images of 0 x 8"),
         ({"labels": [3]}, "knows the labels 0 to 2, not 3"),
         ({"labels": [1, -1]}, "knows the labels 0 to 2, not -1"),
-        ({"guidance": 2.0}, "guidance 2 is of no use: the model needs a label to be guided towards"),
+        ({"guidance": 2.0}, "guidance 2 has no effect: no label is given to guide towards"),
         ({"steps": 1001}, "1000 noise levels, so steps are 1 to 1000, not 1001"),
         ({"steps": 0}, "steps are 1 to 1000, not 0"),
-        ({"n": 0}, "at least one image"),
+        ({"n": 0}, "n and batch must be at least 1, got 0 and 0"),
     ],
 )
-def test_what_cannot_be_drawn_is_said_before_any_work(options, match):
-    trained = transformer(classes=3)
-    trained.unet.forward = None
+def test_impossible_requests_are_refused_before_any_work(options, match):
+    denoiser = transformer(classes=3)
+    denoiser.model.forward = None
     with pytest.raises(ValueError, match=match) as caught:
-        sample(trained, **options)
+        sample(denoiser, **options)
     assert "\n" not in str(caught.value)
 
 
-def test_labels_that_a_model_does_not_know():
+def test_unknown_labels():
     with pytest.raises(ValueError, match="trained without labels, so it cannot draw label 3; leave it out"):
         sample(transformer(), labels=[3])
     always = transformer(classes=3)._replace(null_label=None)
     with pytest.raises(ValueError, match="never trained without a label; give one"):
         sample(always)
-    with pytest.raises(ValueError, match="guidance 2 is of no use: the model was never trained without a label"):
+    with pytest.raises(ValueError, match="guidance 2 has no effect: the model was never trained without a label"):
         sample(always, labels=[1], guidance=2.0)
 
 
@@ -339,7 +347,7 @@ def test_transformer(spec, tmp_path):
     sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_class_embeds": 3}
     model = RopeDiT(sample_size=(4, 8), in_channels=2, position=spec, **sizes)
     x, time, labels = torch.randn(2, 2, 4, 8), torch.tensor([3, 700]), torch.tensor([0, 2])
-    assert not model(x, time, labels).sample.any()  # zero in the beginning
+    assert not model(x, time, labels).sample.any()  # zero at the start
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape)
     out = model(x, time, labels).sample
@@ -362,17 +370,17 @@ def test_transformer(spec, tmp_path):
     torch.testing.assert_close(half.float(), out, rtol=0.1, atol=0.1)
 
 
-def test_a_transformer_begins_anew_what_its_folder_does_not_have(tmp_path):
-    transformer(position="axial").unet.save_pretrained(tmp_path)
+def test_parameters_missing_in_a_folder_are_initialised(tmp_path):
+    transformer(position="axial").model.save_pretrained(tmp_path)
     model = RopeDiT.from_pretrained(tmp_path, position="learned")
     assert 0.01 < model.position.table.std() < 0.03
     assert model.config.position == "learned"
 
 
-def test_transformer_sees_places_only_through_positions():
+def test_transformer_locates_patches_only_by_positions():
     x = torch.randn(1, 1, 8, 8)
     for spec, moved in (("none", True), ("axial", False)):
-        model = transformer(position=spec, patch_size=2).unet
+        model = transformer(position=spec, patch_size=2).model
         rolled = model(x.roll(2, dims=3), 5).sample.roll(-2, dims=3)
         assert torch.allclose(rolled, model(x, 5).sample, atol=1e-5) == moved
 
@@ -383,9 +391,9 @@ def test_transformer_refuses():
     with pytest.raises(ValueError, match="did you mean axial"):
         RopeDiT(position="axail")
     with pytest.raises(ValueError, match="class_labels must not be given to this model"):
-        transformer().unet(torch.randn(1, 1, 8, 8), 0, torch.tensor([0]))
+        transformer().model(torch.randn(1, 1, 8, 8), 0, torch.tensor([0]))
     with pytest.raises(ValueError, match="class_labels must be given to this model"):
-        transformer(classes=2).unet(torch.randn(1, 1, 8, 8), 0)
+        transformer(classes=2).model(torch.randn(1, 1, 8, 8), 0)
 
 
 # Training from the command line
@@ -410,14 +418,14 @@ def test_one_folder_keeps_the_run(fitted):
     assert "test/loss" in run("test", "--ckpt_path", folder).splitlines()[-1]
 
 
-def test_pictures_are_of_the_averaged_weights_and_the_same_noise(fitted):
+def test_sample_images_use_averaged_weights_and_the_same_noise(fitted):
     folder, _ = fitted
     assert [path.name for path in (folder / "samples").iterdir()] == ["epoch_0002.png"]
-    with Image.open(folder / "samples" / "epoch_0002.png") as picture:
-        assert (picture.mode, picture.size) == ("L", (2 + 10 * 66, 2 + 2 * 66))  # ten classes, 8x8 enlarged
-        found = np.asarray(picture)
+    with Image.open(folder / "samples" / "epoch_0002.png") as image:
+        assert (image.mode, image.size) == ("L", (2 + 10 * 66, 2 + 2 * 66))  # ten classes, 8x8 enlarged
+        found = np.asarray(image)
     images = sample(load(folder / "checkpoints" / "last.ckpt"), 12, 3, labels=list(range(10)))
-    assert np.array_equal(found, np.asarray(sampling.picture(images, 10)))
+    assert np.array_equal(found, np.asarray(sampling.image_grid(images, 10)))
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -428,7 +436,7 @@ def test_every_process_draws_and_the_first_one_writes(tmp_path, monkeypatch, fir
         checkpoint_callback=SimpleNamespace(dirpath=str(tmp_path / "checkpoints")),
     )  # fmt: skip
     drawn = []
-    monkeypatch.setattr(sampling, "sample", lambda trained, n, *args: drawn.append(n) or torch.zeros(n, 1, 8, 8))
+    monkeypatch.setattr(sampling, "sample", lambda denoiser, n, *args: drawn.append(n) or torch.zeros(n, 1, 8, 8))
     learner._draw()
     assert drawn == [12]
     assert [path.name for path in tmp_path.rglob("*.png")] == ["epoch_0002.png"] * first
@@ -436,27 +444,40 @@ def test_every_process_draws_and_the_first_one_writes(tmp_path, monkeypatch, fir
 
 def test_run_checkpoint_and_pipeline_draw_the_same(fitted):
     folder, _ = fitted
-    places = (folder, folder / "checkpoints" / "best.ckpt", folder / "exported")
-    drawn = [sample(load(place), 3, 3, "dpm++", labels=[1, 2], guidance=2.0) for place in places]
+    paths = (folder, folder / "checkpoints" / "best.ckpt", folder / "exported")
+    drawn = [sample(load(path), 3, 3, "dpm++", labels=[1, 2], guidance=2.0) for path in paths]
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "exported")
     assert isinstance(pipeline.unet, RopeDiT)
     assert pipeline.unet.config["position"] == TINY["position"]
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
-    trained = load(folder)
-    assert (trained.classes, trained.null_label, trained.size, trained.multiple) == (10, 10, (8, 8), 4)
+    denoiser = load(folder)
+    assert (denoiser.classes, denoiser.null_label, denoiser.size, denoiser.multiple) == (10, 10, (8, 8), 4)
+
+
+def test_code_blocks_of_the_page_run(fitted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name in ("digits_ddpm", "fashion_ddpm"):
+        Path("runs", name).symlink_to(fitted[0])
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "diffusion.md").read_text(), re.DOTALL):
+        exec(code, names)
+    assert names["images"].shape == (16, 1, 8, 8)
+    assert Path("threes.png").is_file()
+    assert type(names["pipeline"].unet) is RopeDiT
 
 
 def test_resumed_equals_uninterrupted(config, fitted, tmp_path):
     run("fit", "--config", config, "--out", tmp_path, "--trainer.max_epochs", 1)
     run("fit", "--config", config, "--out", tmp_path, "--ckpt_path", "last")
-    whole, halves = (
+    uninterrupted, resumed = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (fitted[0], tmp_path)
     )
     for part in ("state_dict", "weights_in_training"):
-        for name, value in whole[part].items():
-            assert torch.equal(halves[part][name], value), name
+        for name, value in uninterrupted[part].items():
+            assert torch.equal(resumed[part][name], value), name
 
 
 @pytest.mark.parametrize(
@@ -501,7 +522,7 @@ def test_wrong_settings(config, tmp_path, args, match):
     assert not (tmp_path / "refused").exists()
 
 
-def test_images_of_another_range_or_shape_are_refused():
+def test_images_of_a_different_range_or_shape_are_refused():
     module = Diffusion("RopeDiT", TINY, num_classes=10, in_chans=1, img_size=8)
     with pytest.raises(ValueError, match=r"a DDPM wants images in \[-1, 1\], the data reach 2.00; give them mean and"):
         module._check((torch.full((2, 1, 8, 8), 2.0), torch.zeros(2).long()), 0)
@@ -514,14 +535,14 @@ def test_images_of_another_range_or_shape_are_refused():
 
 
 class Photographs:
-    """CIFAR's arrays, but few."""
+    """CIFAR's arrays, with few images."""
 
     def __init__(self, root: str, train: bool):
         self.data, self.targets = np.zeros((100, 32, 32, 3), np.uint8), list(range(100))
 
 
 def little_data(root: Path) -> None:
-    """Files for all sets that configurations name."""
+    """Files for all data sets named in configurations."""
     for part in ("train", "t10k"):
         for name, array in (("images-idx3", np.zeros((40, 28, 28), np.uint8)), ("labels-idx1", np.arange(40) % 10)):
             array = array.astype(np.uint8)
@@ -540,7 +561,7 @@ def test_config_trains_a_step(path, tmp_path, monkeypatch):
     options = ["--data.batch_size", 4, "--data.workers", 0, "--trainer.precision", "32-true"]
     if settings["data"]["class_path"] != "Digits":
         options += ["--data.root", tmp_path]
-    if settings["model"]["init_args"].get("model_args", {}).get("layers_per_block") == 2:  # too large to try whole
+    if settings["model"]["init_args"].get("model_args", {}).get("layers_per_block") == 2:  # too large for a test
         options += [
             "--model.model_args.block_out_channels",
             "[32, 64, 64, 64]",
@@ -563,20 +584,20 @@ def test_every_scheduler_on_the_command_line_takes_two_steps(fitted, tmp_path, n
     assert (tmp_path / "a.png").is_file()
 
 
-def test_pictures_and_files(fitted, tmp_path):
+def test_grids_animations_and_single_files(fitted, tmp_path):
     out, film, folder = tmp_path / "new" / "a.png", tmp_path / "b.gif", tmp_path / "single"
     args = ("sample", fitted[0], "--n", 5, "--steps", 30, "--label", 0, 1, "--seed", 7, "--size", 16, 8, "--batch", 2)
     files = ("--out", out, "--gif", film, "--png-dir", folder)
     assert run(*args, *files).split() == [str(out), str(film), str(folder)]
-    with Image.open(out) as picture:
-        assert (picture.mode, picture.size) == ("L", (2 + 4 * (8 * 4 + 2), 2 + 2 * (16 * 4 + 2)))
-    with Image.open(film) as picture:
-        assert 20 < len(list(ImageSequence.Iterator(picture))) <= 25  # of 31; alike ones are merged
+    with Image.open(out) as image:
+        assert (image.mode, image.size) == ("L", (2 + 4 * (8 * 4 + 2), 2 + 2 * (16 * 4 + 2)))
+    with Image.open(film) as image:
+        assert 20 < len(list(ImageSequence.Iterator(image))) <= 25  # of 31; equal ones are merged
     assert sorted(path.name for path in folder.iterdir()) == [f"{i:06}.png" for i in range(7, 12)]
     drawn = sample(load(fitted[0]), 5, 30, labels=[0, 1], seed=7, size=(16, 8))
-    with Image.open(folder / "000009.png") as picture:
-        assert (picture.mode, picture.size) == ("L", (8, 16))
-        assert np.array_equal(np.asarray(picture), sampling.to_bytes(drawn)[2, 0].numpy())
+    with Image.open(folder / "000009.png") as image:
+        assert (image.mode, image.size) == ("L", (8, 16))
+        assert np.array_equal(np.asarray(image), sampling.to_bytes(drawn)[2, 0].numpy())
     before = out.read_bytes()
     for taken in (("--out", out), ("--gif", film), ("--png-dir", folder)):
         with pytest.raises(SystemExit, match=r"error: .* exists; give --overwrite to replace it, or another name"):
@@ -604,13 +625,13 @@ def test_pictures_and_files(fitted, tmp_path):
     assert sorted(path.name for path in walk.iterdir()) == [f"{i:06}.png" for i in range(3)]
 
 
-def test_colours_are_rgb(tmp_path):
+def test_three_channels_are_rgb(tmp_path):
     sampling.save(convolutions(), tmp_path / "pipeline")
     run("sample", tmp_path / "pipeline", "--n", 3, "--steps", 2, "--out", tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as picture:
-        assert (picture.mode, picture.size) == ("RGB", (2 + 2 * 66, 2 + 2 * 66))
-    with pytest.raises(ValueError, match="a picture has 1 or 3 channels, not 2"):
-        sampling.picture(torch.zeros(1, 2, 4, 4))
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.mode, image.size) == ("RGB", (2 + 2 * 66, 2 + 2 * 66))
+    with pytest.raises(ValueError, match="an image file has 1 or 3 channels, got 2"):
+        sampling.image_grid(torch.zeros(1, 2, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -623,25 +644,25 @@ def test_colours_are_rgb(tmp_path):
     ],
 )
 def test_larger_sizes_with_scaled_positions(fitted, tmp_path, scaling, spec):
-    trained = load(fitted[0], scaling=scaling, size=(16, 8))
-    assert trained.unet.config.position == spec
-    assert load(fitted[0], scaling=scaling, size=(16, 4)).unet.config.position == spec  # a shorter axis stays as it is
+    denoiser = load(fitted[0], scaling=scaling, size=(16, 8))
+    assert denoiser.model.config.position == spec
+    assert load(fitted[0], scaling=scaling, size=(16, 4)).model.config.position == spec  # a shorter axis stays as it is
     again = load(fitted[0] / "exported", scaling=scaling, size=(16, 8))
-    images = sample(trained, 2, 2, size=(16, 8), labels=[1])
+    images = sample(denoiser, 2, 2, size=(16, 8), labels=[1])
     assert torch.equal(images, sample(again, 2, 2, size=(16, 8), labels=[1]))
     assert not torch.equal(images, sample(load(fitted[0]), 2, 2, size=(16, 8), labels=[1]))
     out = tmp_path / "wide.png"
     run("sample", fitted[0], "--n", 2, "--steps", 2, "--size", 16, 8, "--scaling", scaling, "--label", 1, "--out", out)
-    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(sampling.picture(images)))
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(sampling.image_grid(images)))
 
 
 def test_learned_frequencies_are_scaled_as_they_were_trained(tmp_path):
-    trained = transformer(position="mixed")
-    sampling.save(trained, tmp_path)
-    scaled = load(tmp_path, scaling="interpolate", size=(16, 16)).unet
-    assert torch.equal(scaled.position.freqs, trained.unet.position.freqs)
-    where = scaled.layout.coords([4, 4])
-    torch.testing.assert_close(scaled.position.frequencies(where) * 2, trained.unet.position.freqs)
+    denoiser = transformer(position="mixed")
+    sampling.save(denoiser, tmp_path)
+    scaled = load(tmp_path, scaling="interpolate", size=(16, 16)).model
+    assert torch.equal(scaled.position.freqs, denoiser.model.position.freqs)
+    coords = scaled.layout.coords([4, 4])
+    torch.testing.assert_close(scaled.position.frequencies(coords) * 2, denoiser.model.position.freqs)
 
 
 @pytest.mark.parametrize(
@@ -650,7 +671,7 @@ def test_learned_frequencies_are_scaled_as_they_were_trained(tmp_path):
         (
             "ntk",
             None,
-            "sizes that reach farther than the 8 x 8 of training, in positions of unit 'index'",
+            "sizes larger than the 8 x 8 of training, in positions of unit 'index'",
         ),
         ("yarn", (8, 4), "give a larger size, or leave scaling out"),
         ("flat", (16, 16), "flat modifies no other scheme, got 1"),
@@ -664,7 +685,7 @@ def test_nothing_to_scale(tmp_path, scaling, size, match):
         load(tmp_path, scaling=scaling, size=size)
 
 
-def test_only_what_has_positions_is_scaled(tmp_path):
+def test_models_without_positions_cannot_be_scaled(tmp_path):
     unet = diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
@@ -688,39 +709,39 @@ def test_half_precision(fitted, tmp_path, dtype):
     [
         (("--scheduler", "dpm"), "error: unknown scheduler 'dpm'; there are ddim"),
         (("--label", 10), "error: the model knows the labels 0 to 9, not 10"),
-        (("--size", 8, 9), "error: images of 8 x 9 do not divide by 4"),
-        (("--guidance", 2), "error: guidance 2 is of no use"),
+        (("--size", 8, 9), "error: images of 8 x 9 are not divisible by 4"),
+        (("--guidance", 2), "error: guidance 2 has no effect"),
         (("--out", "a.jpg"), r"error: --out a.jpg: the name must end with .png"),
     ],
 )
-def test_wrong_wishes(fitted, tmp_path, monkeypatch, args, match):
+def test_invalid_options(fitted, tmp_path, monkeypatch, args, match):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=match):
         run("sample", fitted[0], *args)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_denoiser(tmp_path):
+def test_files_without_a_denoiser(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*nowhere"):
         run("sample", tmp_path / "nowhere", "--out", tmp_path / "a.png")
     with pytest.raises(SystemExit, match=r"is neither a run nor a diffusers pipeline: none of model_index\.json, "):
         run("sample", tmp_path, "--out", tmp_path / "a.png")
     classifier = {"state_dict": {}, "config": yaml.safe_dump({"model": {"class_path": "vit_rope.x.Classification"}})}
     torch.save(classifier, tmp_path / "c.ckpt")
-    with pytest.raises(SystemExit, match=r"c\.ckpt is a checkpoint of Classification; only models that Diffusion"):
+    with pytest.raises(SystemExit, match=r"c\.ckpt is a checkpoint of Classification; only models trained by D"):
         run("sample", tmp_path / "c.ckpt", "--out", tmp_path / "a.png")
     torch.save({"state_dict": {}, "denoiser": {"unet": {"_class_name": "AutoencoderKL"}}}, tmp_path / "v.ckpt")
-    with pytest.raises(SystemExit, match="cannot sample a AutoencoderKL: sample wants a UNet2DModel, RopeUNet2D"):
+    with pytest.raises(SystemExit, match="cannot sample a AutoencoderKL; it must be a UNet2DModel, RopeUNet2D"):
         run("sample", tmp_path / "v.ckpt", "--out", tmp_path / "a.png")
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "A"]}')
-    with pytest.raises(SystemExit, match="is a StableDiffusionPipeline; sample wants a pipeline of a unet and"):
+    with pytest.raises(SystemExit, match="is a StableDiffusionPipeline; sampling needs a pipeline of a unet and"):
         run("sample", tmp_path, "--out", tmp_path / "a.png")
 
 
-# How good samples are
+# Scores of samples
 
 
-def test_scores_of_pictures():
+def test_scores_of_images():
     images = torch.full((2, 1, 6, 12), -1.0)
     images[0, 0, 1:3, 1:3] = images[0, 0, 4, 4:9] = 1.0
     images[0, 0, 3, 3] = 0.5  # touches both by a corner
@@ -771,7 +792,7 @@ class Pools(nn.Module):
         return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
 
 
-def test_inception_judges_who_has_its_weights(fitted, tmp_path, monkeypatch):
+def test_inception_as_a_judge_needs_its_weights(fitted, tmp_path, monkeypatch):
     weights = tmp_path / "inception.pth"
     asked = ("quality", fitted[0], "--n", 30, "--steps", 2, "--reference", 60, "--judge", "inception")
     refusals = {
@@ -819,7 +840,7 @@ def test_inception_sees_what_the_fid_of_torchmetrics_sees(tmp_path, monkeypatch)
     torch.testing.assert_close(Inception(tmp_path / "random.pth")(images), wanted)
 
 
-def test_study_goes_on_and_its_table_has_all_that_lies_there(judge, tmp_path, monkeypatch, capsys):
+def test_study_resumes_and_its_table_has_all_finished_runs(judge, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("host.yaml").write_text(yaml.safe_dump({**CONFIG, "out": "host"}))
     made = ["host.yaml", "--seed", "3", "--judge", str(judge), "--n", "20", "--steps", "2", "--trainer.max_epochs=2"]
@@ -838,22 +859,22 @@ def test_study_goes_on_and_its_table_has_all_that_lies_there(judge, tmp_path, mo
     assert "val/loss_t900" in first[0]
     main(["plot", "study", "all.csv", "--out", "deep/study.png"])
     assert capsys.readouterr().out.splitlines()[-1] == "deep/study.png"
-    with Image.open("deep/study.png") as picture:
-        assert picture.size[0] < picture.size[1]  # one host, four panels
+    with Image.open("deep/study.png") as image:
+        assert image.size[0] < image.size[1]  # one host, four panels
 
 
-def test_a_host_without_scores_has_curves_alone(tmp_path):
+def test_a_model_without_scores_has_curves_only(tmp_path):
     scored = "U-Net,none,0,10,0.5,30,3,1,2,1\nU-Net,none,1,10,0.4,30,4,1,2,1\n"
     table = "host,position,seed,step,val/loss,seconds,fd,fd_floor,parts,parts_real\n" + scored
     (tmp_path / "a.csv").write_text(table + "ViT,none,0,10,0.5,30,,,,\n")
-    with Image.open(plot_study(tmp_path / "a.csv", str(tmp_path / "a.png"))) as picture:
-        pixels = np.asarray(picture.convert("L"))
+    with Image.open(plot_study(tmp_path / "a.csv", str(tmp_path / "a.png"))) as image:
+        pixels = np.asarray(image.convert("L"))
     left, right = (half[len(half) // 2 :] for half in np.split(pixels[:, : pixels.shape[1] // 2 * 2], 2, axis=1))
     assert left.min() < 100
     assert right.min() == 255
 
 
-def test_study_and_its_plot_say_what_is_missing(tmp_path, capsys):
+def test_study_and_its_plot_report_what_is_missing(tmp_path, capsys):
     Path(tmp_path, "c.yaml").write_text(f"out: {tmp_path / 'none'}")
     with pytest.raises(SystemExit, match=r"error: no finished runs in .*none; make some with --position"):
         study.main([str(tmp_path / "c.yaml")])
@@ -877,6 +898,6 @@ def test_study_data(tmp_path):
 
 
 @pytest.mark.slow
-def test_digits_reach_what_the_yaml_promises(tmp_path):
+def test_digits_reach_the_loss_given_in_the_yaml(tmp_path):
     text = run("fit", "--config", CONFIGS[0].with_name("digits_ddpm.yaml"), "--out", tmp_path / "r")
     assert float(text.split()[-1]) < 0.32

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..attention import attend
 from ..positions import Encoding, Layout, Position
-from ..positions.encoding import Transform
 
 PLACES = 64  # as many tokens are looked at, at most
 
@@ -158,10 +157,8 @@ def _heads(x: Tensor, layout: Layout) -> Tensor:
 
 def _logits(q: Tensor, k: Tensor, encoding: Encoding, layer: int) -> Tensor:
     """Logits (H, N, M) up to a constant in each row, read off the weights on one-hot values."""
-    terms = encoding.terms and [[term for term in terms if term.acts_on != "v"] for terms in encoding.terms]
-    encoding = encoding._replace(v=Transform(), out=Transform(), terms=terms)
     values = torch.eye(k.shape[2], dtype=k.dtype).expand(*k.shape[:2], -1, -1)
-    return attend(q, k, values, encoding, layer)[0].clamp(min=1e-200).log()
+    return attend(q, k, values, encoding.logits_only(), layer)[0].clamp(min=1e-200).log()
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

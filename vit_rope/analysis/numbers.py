@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..positions import Position, Rotary
-from ..positions.encoding import tables
 from ..positions.rotary.base import geometric
 from .certify import CertificateError, assert_relative, assert_reversible, relativity_error
 
@@ -57,7 +56,7 @@ def decay_bound(position: Position, displacements: Tensor, layer: int = 0) -> Te
 def _turns(position: Position, displacements: Tensor, layer: int) -> Tensor:
     """Turns (H, ..., R), as complex numbers, of displacements (..., A)."""
     places = displacements.reshape(-1, displacements.shape[-1])
-    turn = tables(position(places).q)
+    turn = position(places).q.tables()
     if not turn:
         raise ValueError("a kernel needs a rotary scheme, such as axial or mixed; this one rotates nothing")
     found = torch.view_as_complex(turn[layer % len(turn)][0].contiguous()).transpose(0, 1)  # (H, N, R)
@@ -182,14 +181,14 @@ def distinct_bias_rows(position: Position, grid: tuple[int, ...], layer: int = 0
     there = offsets(grid).float()
     encoding = position(torch.zeros(1, len(grid)), key_coords=there)
     seen = []
-    if encoding.bias:
-        seen.append(encoding.bias[layer % len(encoding.bias)][0, :, 0])
+    bias = encoding.bias(layer)
+    if bias is not None:
+        seen.append(bias[0, :, 0])
     if encoding.q.extra and encoding.k is not None and encoding.k.extra:
         one, two = (side.extra[layer % len(side.extra)][0] for side in (encoding.q, encoding.k) if side.extra)
         seen.append((one * two).sum(dim=-1))
-    if encoding.terms:
-        for table, index, _ in encoding.terms[layer % len(encoding.terms)]:  # index T is no row
-            seen.append(torch.nn.functional.pad(table, (0, 0, 0, 1))[:, index.flatten()].mT.flatten(0, 1))
+    for table, index, _ in encoding.terms(layer, "q", "k", "v"):  # index T is no row
+        seen.append(torch.nn.functional.pad(table, (0, 0, 0, 1))[:, index.flatten()].mT.flatten(0, 1))
     if not seen:
         raise ValueError("this scheme adds no bias and no relative term to logits")
     rows = torch.cat([part.detach().double() for part in seen]).t()

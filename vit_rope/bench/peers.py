@@ -35,7 +35,7 @@ def installed() -> list[str]:
 def axial(side: int) -> Tensor:
     """Cosines and sines (N, D / 2, 2) of our axial."""
     layout = Layout(HEAD, 1, (side, side), 1)
-    turn = build("axial", layout)(layout.coords(), grid=[side, side]).q.turn
+    turn = build("axial", layout)(layout.coords(), grid=[side, side]).q.rotation
     return torch.cat(turn or [])[0, :, 0]
 
 

@@ -68,9 +68,9 @@ def ours(specs: Sequence[str], heads: int, side: int, prefix: int) -> dict[str, 
 def _table(spec: str, heads: int, side: int) -> tuple[Tensor, int]:
     layout = Layout(heads * HEAD, heads, (side, side), 1)
     encoding = build(spec, layout)(layout.coords(), grid=[side, side])
-    if not encoding.q.turn:
+    if not encoding.q.rotation:
         raise ValueError(f"{spec} turns no queries, so it has no rotation to measure; --specs takes rotary schemes")
-    return encoding.q.turn[0], encoding.stride
+    return encoding.q.rotation[0], encoding.stride
 
 
 def _ours(table: Tensor, stride: int, prefix: int) -> Rotate:

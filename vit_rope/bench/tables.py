@@ -9,7 +9,6 @@ from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingMixe
 from ..models.block import RopeBlock
 from ..positions import Layout, build
 from ..positions.coords import grid
-from ..positions.encoding import tables
 from .measure import Ratio, ratios
 
 WIDTH, HEADS, DEPTH, BATCH = 384, 6, 12, 8
@@ -45,7 +44,9 @@ def _made(spec: str, layout: Layout) -> Callable[[], object]:
 
     def run() -> None:
         with torch.no_grad():
-            tables(position(grid(layout.grid), 1, grid=list(layout.grid)).q)  # of all layers, also where made on demand
+            position(
+                grid(layout.grid), 1, grid=list(layout.grid)
+            ).q.tables()  # of all layers, also where made on demand
 
     return run
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ..files import one_line
-from ..sampling.images import image_of, picture, to_bytes, write_gif, write_png
+from ..sampling.images import image_grid, to_bytes, to_pil, write_gif, write_png
 from ..sampling.io import DTYPES, load
 from ..sampling.sampler import SampleConfig, sample_batches
 from ..sampling.schedulers import SCHEDULERS, check_scheduler
@@ -37,8 +37,8 @@ def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     check_scheduler(options.scheduler)
     _check_free(options)
-    trained = load(options.model, options.device, DTYPES[options.dtype], options.scaling, options.size)
-    if (channels := trained.unet.config.in_channels) not in (1, 3):
+    denoiser = load(options.model, options.device, DTYPES[options.dtype], options.scaling, options.size)
+    if (channels := denoiser.model.config.in_channels) not in (1, 3):
         raise ValueError(f"the model makes images of {channels} channels; a picture has 1 or 3")
     console, frames = Console(stderr=True), list[Tensor]()
     columns = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(None), TimeRemainingColumn(), TextColumn("left"))
@@ -62,15 +62,15 @@ def run(options: argparse.Namespace) -> None:
             options.batch,
             options.end_seed,
         )
-        for images in sample_batches(trained, config, callback):
+        for images in sample_batches(denoiser, config, callback):
             if options.png_dir:
                 options.png_dir.mkdir(parents=True, exist_ok=True)
                 first = options.seed if options.end_seed is None else 0
                 for i, image in enumerate(to_bytes(images), start=first + sum(map(len, drawn))):
-                    write_png(image_of(image), options.png_dir / f"{i:06}.png")
+                    write_png(to_pil(image), options.png_dir / f"{i:06}.png")
             drawn.append(images)
     columns = len(options.label or ())
-    write_png(picture(torch.cat(drawn), columns), options.out)
+    write_png(image_grid(torch.cat(drawn), columns), options.out)
     if options.gif:
         count = sum(len(frame) for frame in frames) // options.n  # of every tile, one after the other
         write_gif([torch.cat(frames[i::count]) for i in range(count)], options.gif, columns)

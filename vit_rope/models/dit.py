@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ..positions import Encoding, build
 from ..positions.specs import rebuild
-from ..unet.maps import Kind, check_kind, reset_missing_parameters
+from ..unet.classes import reset_missing_parameters
+from ..unet.maps import AttentionKind, check_attention
 from .block import RopeBlock, last, run_blocks
 from .options import patch_layout
 from .patches import format_size
@@ -81,7 +82,7 @@ class RopeDiT(ModelMixin, ConfigMixin):
         position: str = "axial(base=100)",
         position_unit: str = "index",
         position_origin: float | str | Sequence[float] = 0.0,
-        attention: Kind = "softmax",
+        attention: AttentionKind = "softmax",
         num_class_embeds: int | None = None,
     ) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class RopeDiT(ModelMixin, ConfigMixin):
         self.patch_size, self.gradient_checkpointing = patch_size, False
         self.layout = patch_layout(embed_dim, num_heads, self._grid(size), depth, position_unit, position_origin)
         self.position = build(position, self.layout)
-        check_kind(attention, self.position, self.layout)
+        check_attention(attention, self.position, self.layout)
         self.embed = nn.Linear(in_channels * patch_size**2, embed_dim)
         self.time = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, embed_dim)
@@ -146,7 +147,7 @@ class RopeDiT(ModelMixin, ConfigMixin):
         parameters of other names or shapes.
         """
         scheme = rebuild(self.position, position)
-        check_kind(self.config["attention"], scheme, self.layout)
+        check_attention(self.config["attention"], scheme, self.layout)
         self.position = scheme
         self.register_to_config(position=position)
 

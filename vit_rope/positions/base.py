@@ -1,10 +1,14 @@
 """What a position scheme is.
 
-A position scheme is a function of coordinates. Attention asks it what to do and never asks which scheme it is.
+A position scheme is a function of coordinates. Attention asks it what to do and never asks which
+scheme it is.
 
-A scheme may do two things. `encode` turns coordinates into an `Encoding`, once per forward pass: plain tensors that say
-how attention rotates queries and keys and what it adds to their logits. `add` acts earlier, on the tokens themselves,
-for absolute schemes. The base classes do nothing, so a scheme overrides only what it means.
+A scheme can act in two ways. `encode` maps coordinates to an `Encoding`, once per forward pass:
+tensors that tell attention how to rotate queries and keys and what to add to their logits. `add`
+acts earlier, on the tokens themselves, for absolute schemes. The base class does neither, so a
+scheme overrides only what it needs.
+
+Shapes   B samples, N tokens, A axes, C channels of a token
 """
 
 import functools
@@ -14,19 +18,22 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
-from . import coords as places
-from .encoding import Encoding, after, combine
+from .coords import cell as cell_index
+from .coords import check as check_coords
+from .coords import check_shape, check_unit
+from .coords import grid as make_grid
+from .encoding import Encoding
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All that a scheme may know of its model.
+    """Everything that a scheme is told about its model.
 
-    `width` channels in `heads` heads, `grid` cells along each axis in training, `depth` layers; coordinates come in
-    `unit` and from `origin` as `coords.grid` defines them. Raises ValueError where width does not divide by heads.
+    `width` channels in `heads` heads, `grid` cells along each axis in training, `depth` layers;
+    coordinates in `unit` and relative to `origin`, as `coords.grid` defines them. Raises ValueError
+    where width does not divide by heads.
     """
 
     width: int
@@ -38,8 +45,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
-        places.check_shape(self.grid)
-        places.check_unit(self.unit)
+        check_shape(self.grid)
+        check_unit(self.unit)
         for name in ("width", "heads", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"a layout needs a {name} of at least 1, got {getattr(self, name)}")
@@ -48,19 +55,25 @@ class Layout:
 
     @property
     def axes(self) -> int:
+        """The number of axes A of the grid."""
         return len(self.grid)
 
     @property
     def head_dim(self) -> int:
+        """The channels of one head."""
         return self.width // self.heads
 
     def coords(self, shape: Sequence[int] | None = None, device: torch.device | None = None) -> Tensor:
-        """Coordinates (N, A) of a grid of this shape, or of the training grid, in this layout's unit and origin."""
-        return places.grid(self.grid if shape is None else shape, self.unit, self.origin, device)
+        """Coordinates (N, A) of a grid of this shape, or of the training grid, in this layout's
+        unit and origin.
+        """
+        return make_grid(self.grid if shape is None else shape, self.unit, self.origin, device)
 
     def cell(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        """Cell indices (…, A), fractional between cells, of coordinates (…, A) on this or on the training grid."""
-        return places.cell(coords, self.grid if grid is None else grid, self.unit, self.origin)
+        """Cell indices (…, A), fractional between cells, of coordinates (…, A) on this or on the
+        training grid.
+        """
+        return cell_index(coords, self.grid if grid is None else grid, self.unit, self.origin)
 
     def flatten(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         """Row-major cell numbers (…, 1) of coordinates (…, A) on this or on the training grid."""
@@ -72,26 +85,26 @@ class Layout:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Switch autocast off, which would round positions; the meta device knows none."""
+    """Switch autocast off, because it would round positions; the meta device has no autocast."""
     if device.type == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 class Position(nn.Module):
-    """A position scheme; this base is `none`, for which tokens form a set.
+    """A position scheme. This base is `none`: tokens form a set.
 
-    What it learns stays in float32 (or float64) under `.bfloat16()` and `.half()`.
+    Learned parameters stay in float32 (or float64) under `.bfloat16()` and `.half()`.
     """
 
-    # claims that tests hold every scheme to
-    relative: bool = True  # logits depend on displacements alone
-    reversible: bool = False  # on the training grid no two places look the same
+    # claims, which tests check for every scheme
+    relative: bool = True  # logits depend only on displacements
+    reversible: bool = False  # no two cells of the training grid look the same
     keeps_flash: bool = True  # attention needs no mask
-    unbounded: bool = True  # every coordinate has a place of its own, also beyond the training grid
+    unbounded: bool = True  # every coordinate has an encoding of its own, also beyond the training grid
+    each_layer: bool = False  # `add` acts again before the layers after the first
 
-    each_layer: bool = False  # whether `add` acts again before the layers after the first
-    axes: int | None = None  # how many axes coordinates must have; None takes any
+    axes: int | None = None  # the number of axes that coordinates must have; None accepts any
     made_for: Layout | None = None  # the layout that `build` made it for
     spec: str = ""  # the spec that `build` made it from
 
@@ -101,21 +114,23 @@ class Position(nn.Module):
         return any(True for _ in self.parameters())
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
-        """The encoding of tokens at `coords` (N, A) or (B, N, A), and keys at `key_coords` where they are elsewhere.
+        """The encoding of tokens at `coords` (N, A) or (B, N, A), with keys at `key_coords` if they
+        are elsewhere.
 
-        `grid`, where given, is the grid that the tokens come from.
+        `grid`, if given, is the grid that the tokens come from.
         """
         return Encoding()
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
-        """Patch tokens x (B, N, C) with their absolute places in them, unchanged where the scheme has none.
+        """Patch tokens x (B, N, C) with their absolute positions added, unchanged where the scheme
+        has none.
 
-        Called before the first layer, and before each `layer` after it where the scheme says `each_layer`.
+        Called before the first layer, and before each `layer` after it where `each_layer` is True.
         """
         return x
 
     def reset_parameters(self) -> None:
-        """Draw the scheme's own parameters anew."""
+        """Draw the scheme's own parameters again."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Position":
         def keep_precision(tensor: Tensor) -> Tensor:  # bfloat16 frequencies are off by a radian at 256 cells
@@ -132,30 +147,36 @@ class Position(nn.Module):
         key_prefix: int | None = None,
         grid: list[int] | None = None,
     ) -> Encoding:
-        """Encode tokens at `coords` (N, A) or (B, N, A) that follow `prefix` tokens without a place.
+        """Encode tokens at `coords` (N, A) or (B, N, A) that follow `prefix` tokens without a
+        position.
 
-        Keys are the same tokens unless `key_coords` (and `key_prefix`) say otherwise. `grid` says what grid the tokens
-        come from, if any; coords (N, A) with one row for each of its cells must then be all of it, in row-major order,
-        an axis at a time as `coords.grid` makes them (shifted or stretched, but not cell by cell).
-        Raises TypeError or ValueError for coordinates of another type or number of axes.
+        Keys are the same tokens unless `key_coords` (and `key_prefix`) are given. `grid` is the
+        grid that the tokens come from, if any. Coordinates (N, A) with one row per cell of that
+        grid must then be all of it, in row-major order and separable by axis, as `coords.grid`
+        makes them (shifted or stretched, but not cell by cell). Raises TypeError or ValueError for
+        coordinates of another type or number of axes.
         """
         coords = self._check(coords, grid)
         if key_coords is not None:
-            key_coords = places.check(key_coords, self.axes)
+            key_coords = check_coords(key_coords, self.axes)
         with no_autocast(coords.device):
             encoding = self.encode(coords, key_coords, grid)
-        return after(encoding, prefix, prefix if key_prefix is None else key_prefix)
+        return encoding.behind(prefix, prefix if key_prefix is None else key_prefix)
 
     def embed(self, x: Tensor, coords: Tensor, grid: list[int] | None = None, layer: int = 0) -> Tensor:
-        """Patch tokens x (B, N, C) with their absolute places in them, for `coords` and `grid` as in a call."""
+        """Patch tokens x (B, N, C) with their absolute positions added, for `coords` and `grid` as
+        in a call.
+        """
         return self.add(x, self._check(coords, grid), grid, layer)
 
     def _check(self, coords: Tensor, grid: Sequence[int] | None) -> Tensor:
-        return places.check(coords, self.axes, finite=None if grid is None else False)  # a grid's are sound
+        return check_coords(coords, self.axes, finite=None if grid is None else False)  # those of a grid are finite
 
 
 class Sum(Position):
-    """Several schemes at once, e.g. a rotation over a learned table: turns compose, biases and embeddings add."""
+    """Several schemes at once, e.g. a rotation and a learned table: rotations compose, biases and
+    embeddings add up.
+    """
 
     def __init__(self, *parts: Position) -> None:
         super().__init__()
@@ -174,11 +195,38 @@ class Sum(Position):
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         encodings = (cast(Position, part).encode(coords, key_coords, grid) for part in self.parts)
-        return functools.reduce(combine, encodings, Encoding())
+        return functools.reduce(Encoding.combined, encodings, Encoding())
+
+
+class Wrapper(Position):
+    """A scheme around another one, whose claims and actions it takes over; subclasses change some
+    of them.
+
+    `measure` is how the inner scheme sees the coordinates of a grid.
+    """
+
+    same_extent: bool = False  # whether the inner scheme sees grids of all sizes extend equally far
+
+    def __init__(self, scheme: Position) -> None:
+        super().__init__()
+        self.scheme = scheme
+        for claim in ("relative", "reversible", "keeps_flash", "unbounded"):
+            setattr(self, claim, getattr(scheme, claim))
+        self.each_layer = self.each_layer or scheme.each_layer
+
+    def measure(self, coords: Tensor, grid: Sequence[int]) -> Tensor:
+        """Coordinates (…, A) on `grid` as the inner scheme sees them."""
+        return coords
+
+    def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
+        return self.scheme.add(x, coords, grid, layer)
+
+    def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
+        return self.scheme.encode(coords, key_coords, grid)
 
 
 def check_pairs(name: str, channels: int, axes: int) -> int:
-    """How many pairs of channels each axis gets; ValueError where it is none."""
+    """How many pairs of channels each axis gets; ValueError where that is none."""
     if channels < 2 * axes:
         raise ValueError(
             f"{name} needs a pair of channels for each of {axes} axes, got {channels}; use {2 * axes} or more"

@@ -1,4 +1,7 @@
-"""Schemes that break a property on purpose, to see what it is worth: each says in its claims which."""
+"""Baselines and negative controls: schemes that lack a property on purpose, as their claims say.
+
+Shapes   L layers, B samples, N tokens, H heads, S blocks of b channels, A axes
+"""
 
 import functools
 import math
@@ -16,11 +19,17 @@ from .specs import register
 
 
 @register
-def sumcoords(layout: Layout, base: float = 100.0, pairs: Pairs = "interleaved") -> Rotary:
-    """RoPE at x + y: relative, but all places with the same sum of coordinates look the same.
+def none(layout: Layout) -> Position:
+    """No positions: the baseline, for which tokens form a set."""
+    return Position()
 
-    The control of Su's derivation (https://kexue.fm/archives/8397) that is not reversible, on more than one axis.
-    Raises ValueError for an odd head dimension.
+
+@register
+def sumcoords(layout: Layout, base: float = 100.0, pairs: Pairs = "interleaved") -> Rotary:
+    """RoPE at x + y: relative, but all cells with the same sum of coordinates look the same.
+
+    The control in Su's derivation (https://kexue.fm/archives/8397) that is not reversible on more
+    than one axis. Raises ValueError for an odd head dimension.
     """
     one = axial(Layout(layout.heads * layout.head_dim, layout.heads, (1,)), base, pairs=pairs).initial
     return Rotary(one.expand(-1, -1, layout.axes, -1), pairs)
@@ -28,18 +37,20 @@ def sumcoords(layout: Layout, base: float = 100.0, pairs: Pairs = "interleaved")
 
 @register
 class Quaternion(Exponential):
-    """Channels in fours are quaternions, multiplied by exp((x i + y j) theta): orthogonal, but i and j do not commute.
+    """Groups of four channels are quaternions, multiplied by exp((x i + y j) theta); i and j do not
+    commute.
 
-    The control of Su's derivation (https://kexue.fm/archives/8397) that is not relative, on more than one axis. The
-    F fours of a head have frequencies base^(-f/F); a third axis goes with k. Raises ValueError for more than three
-    axes or a head dimension that does not divide by 4.
+    The control in Su's derivation (https://kexue.fm/archives/8397) that is not relative on more
+    than one axis, although every matrix is orthogonal. The F groups of a head have frequencies
+    base^(-f/F); a third axis uses k. Raises ValueError for more than three axes or a head dimension
+    that does not divide by 4.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0) -> None:
         super().__init__(layout)
         if layout.axes > 3 or layout.head_dim % 4:
             raise ValueError(
-                f"quaternion has units for up to 3 axes and takes channels in fours, "
+                f"quaternion has units for up to 3 axes and groups of four channels, "
                 f"got {layout.axes} axes and head_dim {layout.head_dim}"
             )
         if base <= 0:
@@ -59,11 +70,12 @@ class Quaternion(Exponential):
 
 @register
 class Spherical(Exponential):
-    """Channels in threes are vectors, turned about one axis of space by the row and about another by the column.
+    """Groups of three channels are vectors, rotated about one axis of space by the row and about
+    another by the column.
 
-    Turns of a sphere do not commute, so this is not relative on more than one axis (arXiv:2511.08368). The F threes of
-    a head have frequencies base^(-f/F); channels that do not divide stay un-rotated. Raises ValueError for more than
-    three axes or a head dimension below 3.
+    Rotations of a sphere do not commute, so this is not relative on more than one axis
+    (arXiv:2511.08368). The F groups of a head have frequencies base^(-f/F); channels that do not
+    divide are not rotated. Raises ValueError for more than three axes or a head dimension below 3.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0) -> None:
@@ -71,17 +83,17 @@ class Spherical(Exponential):
         count = -(-layout.head_dim // 3)
         if layout.axes > 3 or layout.head_dim < 3:
             raise ValueError(
-                f"spherical turns about up to 3 axes of space and takes channels in threes, "
+                f"spherical rotates about up to 3 axes of space, in groups of three channels, "
                 f"got {layout.axes} axes and head_dim {layout.head_dim}"
             )
         if base <= 0:
             raise ValueError(f"spherical needs a positive base, got {base}")
         self.relative = layout.axes == 1
-        about = torch.zeros(3, 1, 3, 3, device="cpu")  # cross products with the axes of space
-        about[[0, 1, 2], 0, [2, 0, 1], [1, 2, 0]] = 1.0
+        cross = torch.zeros(3, 1, 3, 3, device="cpu")  # cross products with the axes of space
+        cross[[0, 1, 2], 0, [2, 0, 1], [1, 2, 0]] = 1.0
         speeds = geometric(layout.head_dim // 3, base).float()
         speeds = nn.functional.pad(speeds, (0, count - len(speeds)))
-        self.initial = (about - about.mT)[: layout.axes] * speeds[:, None, None]
+        self.initial = (cross - cross.mT)[: layout.axes] * speeds[:, None, None]
 
     def rotations(self, coords: Tensor) -> Tensor:
         each = (exponential(self.initial[None, None, [a]], coords[..., [a]]) for a in range(coords.shape[-1]))
@@ -90,12 +102,13 @@ class Spherical(Exponential):
 
 @register
 class Orthogonal(Exponential):
-    """Powers O_1^y O_2^x of commuting orthogonal matrices: RoPE in another basis, or no function of the reals at all.
+    """Powers O_1^y O_2^x of commuting orthogonal matrices: RoPE in another basis, or undefined
+    between cells.
 
-    With determinant=1 every O is an exponential, and this is axial RoPE. With -1 (a control) one channel changes sign
-    from cell to cell: relative on whole numbers, but without a real logarithm, so between cells the real part of the
-    power is no rotation and logits depend on more than displacements (https://kexue.fm/archives/8397). Raises
-    ValueError as `axial` does.
+    With determinant=1 every O is an exponential, and this is axial RoPE. With -1 (a control) one
+    channel changes sign from cell to cell. That is relative on whole numbers, but O has no real
+    logarithm: between cells the real part of the power is not a rotation, and logits depend on more
+    than displacements (https://kexue.fm/archives/8397). Raises ValueError as `axial` does.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0, determinant: Literal[-1, 1] = -1) -> None:
@@ -106,15 +119,9 @@ class Orthogonal(Exponential):
 
     def rotations(self, coords: Tensor) -> Tensor:
         theta = angles(self.initial.to(coords.device, coords.dtype), coords)
-        turn = torch.stack((theta.cos(), -theta.sin(), theta.sin(), theta.cos()), dim=-1).unflatten(-1, (2, 2))
+        rotation = torch.stack((theta.cos(), -theta.sin(), theta.sin(), theta.cos()), dim=-1).unflatten(-1, (2, 2))
         if not self.reflects:
-            return turn
+            return rotation
         sign = (math.pi * coords.sum(dim=-1)).cos().reshape(1, -1, coords.shape[-2], 1, 1)  # real part of (-1)^(y + x)
         mirror = torch.stack((torch.ones_like(sign), torch.zeros_like(sign), torch.zeros_like(sign), sign), dim=-1)
-        return torch.cat((turn[..., :-1, :, :], mirror.unflatten(-1, (2, 2))), dim=-3)
-
-
-@register
-def none(layout: Layout) -> Position:
-    """No positions at all: the honest baseline, for which tokens form a set."""
-    return Position()
+        return torch.cat((rotation[..., :-1, :, :], mirror.unflatten(-1, (2, 2))), dim=-3)

@@ -1,8 +1,9 @@
 """How to name a position scheme.
 
-A spec names a scheme, its options, modifiers and sums: "axial(base=100)", "learned + mixed". It is the value in YAML,
-the argument on the command line and the label of a plot. Building one never imports a module, for a spec may come with
-a downloaded config: a scheme from elsewhere is registered by importing its module.
+A spec names a scheme, its options, modifiers and sums: "axial(base=100)", "learned + mixed". It is
+the value in YAML, the argument on the command line and the label in a plot. Building one never
+imports a module, because a spec may come with a downloaded config: a user's scheme is registered by
+importing its module.
 """
 
 import ast
@@ -23,11 +24,11 @@ _SCHEMES: dict[str, Factory] = {}
 
 
 def register(factory: F | str) -> Any:
-    """Make `factory(layout, *schemes, **options)` known to specs: `@register`, by its lower-case name, or
-    `@register("name")`.
+    """Make `factory(layout, *schemes, **options)` known to specs: `@register`, by its lower-case
+    name, or `@register("name")`.
 
-    Parameters without a default are schemes to modify, those with one are options. Raises ValueError for a name that is
-    taken.
+    Parameters without a default are schemes to modify, those with one are options. Raises
+    ValueError for a name that is taken.
     """
     if isinstance(factory, str):
         return functools.partial(_register, factory)
@@ -49,8 +50,8 @@ def schemes() -> list[str]:
 def build(spec: str, layout: Layout) -> Position:
     """The scheme that `spec` names, e.g. "mixed(base=10) + learned", for a model of this layout.
 
-    Raises TypeError where spec is no string and ValueError where it cannot be read, names what does not exist, or asks
-    for what the layout does not allow.
+    Raises TypeError where spec is not a string, and ValueError where it cannot be parsed, names
+    something that does not exist, or asks for something that the layout does not allow.
     """
     if not isinstance(spec, str):
         raise TypeError(f'a position spec is a string such as "axial(base=100)", got {type(spec).__name__}')
@@ -68,10 +69,11 @@ def build(spec: str, layout: Layout) -> Position:
 
 
 def rebuild(position: Position, spec: str) -> Position:
-    """The scheme that another spec names, for the same layout, with the parameters that `position` has learned.
+    """The scheme that another spec names, for the same layout, with the parameters that `position`
+    has learned.
 
-    It is on the same device and in the same mode. Raises ValueError for a spec that does not fit or learns parameters
-    of other names or shapes.
+    It is on the same device and in the same mode. Raises ValueError for a spec that does not fit or
+    learns parameters of other names or shapes.
     """
     scheme, learned = build(spec, cast(Layout, position.made_for)), position.state_dict()
     wanted = {name: tuple(value.shape) for name, value in scheme.state_dict().items()}
@@ -84,6 +86,24 @@ def rebuild(position: Position, spec: str) -> Position:
         scheme.to(value.device)
     scheme.load_state_dict(learned, assign=True)
     return scheme.train(position.training)
+
+
+def factory(name: str) -> Factory:
+    """The function or class registered under a name; ValueError, with close names, where there is
+    none.
+    """
+    if name not in _SCHEMES:
+        near = difflib.get_close_matches(name, _SCHEMES, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"no position scheme is called {name!r}; {hint}There are: {', '.join(schemes())}")
+    return _SCHEMES[name]
+
+
+def signature(name: str) -> inspect.Signature:
+    """The parameters of a registered scheme behind its layout: schemes to modify (no default), then
+    options.
+    """
+    return inspect.Signature(list(inspect.signature(factory(name)).parameters.values())[1:])
 
 
 def _build(node: ast.expr, layout: Layout) -> Position:
@@ -116,24 +136,20 @@ def _options(name: str, keywords: list[ast.keyword]) -> dict[str, Any]:
 
 
 def _call(name: str, layout: Layout, parts: list[Position], options: dict[str, Any]) -> Position:
-    if name not in _SCHEMES:
-        near = difflib.get_close_matches(name, _SCHEMES, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"no position scheme is called {name!r}; {hint}There are: {', '.join(schemes())}")
-    factory = _SCHEMES[name]
-    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    scheme = factory(name)
+    parameters = list(signature(name).parameters.values())
     wanted = [p.name for p in parameters if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
     if len(parts) != len(wanted):
         kind = f"modifies {len(wanted)} scheme(s) ({', '.join(wanted)})" if wanted else "modifies no other scheme"
         raise ValueError(f"{name} {kind}, got {len(parts)}; options are written name=value")
-    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    hints = typing.get_type_hints(scheme.__init__ if inspect.isclass(scheme) else scheme)
     allowed = {p.name: hints.get(p.name, Any) for p in parameters if p.name not in wanted}
     for option, value in options.items():
         if option not in allowed:
             raise ValueError(f"{name} has no option {option!r}; it takes {', '.join(allowed) or 'none'}")
         if not _accepts(allowed[option], value):
             raise ValueError(f"{name}({option}=…) takes {_describe(allowed[option])}, got {value!r}")
-    return factory(layout, *parts, **options)
+    return scheme(layout, *parts, **options)
 
 
 def _accepts(hint: Any, value: Any) -> bool:

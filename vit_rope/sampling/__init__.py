@@ -1,6 +1,6 @@
-"""Images from a trained denoiser: `vit-rope sample runs/digits_ddpm --out digits.png`, or `sample(load(path), 64)`."""
+"""Images from a trained denoiser: `sample(load("runs/digits_ddpm"), n=64)` or `vit-rope sample`."""
 
-from .images import picture, to_bytes, write_gif, write_png
+from .images import image_grid, to_bytes, to_pil, write_gif, write_png
 from .io import DTYPES, describe, load, save
 from .sampler import Denoiser, SampleConfig, check, denoise, sample, sample_batches, slerp, tile_size
 from .schedulers import SCHEDULERS, make_scheduler, predicted_x0
@@ -13,9 +13,9 @@ __all__ = [
     "check",
     "denoise",
     "describe",
+    "image_grid",
     "load",
     "make_scheduler",
-    "picture",
     "predicted_x0",
     "sample",
     "sample_batches",
@@ -23,6 +23,7 @@ __all__ = [
     "slerp",
     "tile_size",
     "to_bytes",
+    "to_pil",
     "write_gif",
     "write_png",
 ]

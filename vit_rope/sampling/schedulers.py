@@ -1,4 +1,10 @@
-"""TODO sampling.schedulers from ['sampling.denoising']."""
+"""diffusers' schedulers under short names, made to work with every kind of prediction.
+
+All of them are stepped with velocities: the sampler turns what a model predicts into the clean
+image, and that into a velocity, so a scheduler need not know what kind of prediction a model makes.
+
+Shapes   B images, C channels, H and W height and width in pixels
+"""
 
 import inspect
 import warnings
@@ -9,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # by the names that samplers go by, diffusers' classes
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name: a class of diffusers, and its options
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
@@ -22,60 +28,68 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # by the names that sampl
     "heun": ("HeunDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
 }
-KINDS = ("epsilon", "sample", "v_prediction")  # of predictions, by diffusers' names
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")  # diffusers' names
+
+
+def check_scheduler(name: str) -> None:
+    """Raise ValueError, which lists all names, for a name that is not in `SCHEDULERS`."""
+    if name not in SCHEDULERS:
+        raise ValueError(f"unknown scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
 
 
 def make_scheduler(name: str, noise: Any, steps: int, device: torch.device | None = None) -> Any:
-    """diffusers' scheduler of a short name, ready for `steps` steps under the training's schedule `noise`.
+    """Make diffusers' scheduler for a short name, ready for `steps` steps.
 
-    It expects velocities. Raises ValueError, with all names, for an unknown one.
+    `noise` is the scheduler of the training, whose noise schedule it uses. It expects velocities.
+    Raises ValueError, which lists all names, for an unknown name.
     """
-    import diffusers  # by now the slow import is worth its time
+    import diffusers  # slow to import, and not needed before
 
     check_scheduler(name)
-    kind, own = SCHEDULERS[name]
+    class_name, fixed = SCHEDULERS[name]
     options = {
-        "trained_betas": noise.betas.double().tolist(),  # numbers, for not every scheduler knows every schedule's name
+        "trained_betas": noise.betas.double().tolist(),  # values, as not every scheduler knows every schedule's name
         "num_train_timesteps": len(noise.betas),
         "prediction_type": "v_prediction",
         "timestep_spacing": "leading",  # near pure noise, Heun is unstable and Euler's ancestral step can be NaN
         "clip_sample": False,
     }
-    cls = getattr(diffusers, kind)
+    cls = getattr(diffusers, class_name)
     known = inspect.signature(cls.__init__).parameters
-    with _no_deprecations():
-        scheduler = cls(**{key: value for key, value in options.items() if key in known}, **own)
+    with no_numpy_deprecations():
+        scheduler = cls(**{key: value for key, value in options.items() if key in known}, **fixed)
         scheduler.set_timesteps(steps, device=device)
     return scheduler
 
 
 @contextmanager
-def _no_deprecations() -> Iterator[None]:
-    """Keep quiet about what diffusers' schedulers ask of NumPy."""
+def no_numpy_deprecations() -> Iterator[None]:
+    """Silence deprecation warnings about how diffusers' schedulers use NumPy."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
 def alpha_sigma(scheduler: Any, time: Tensor) -> tuple[float, float]:
-    """How much of the image and how much noise the model sees at this time; their squares sum to 1."""
-    if float(scheduler.init_noise_sigma) > 1:  # a scheduler that counts in noise for each unit of image
-        sigma = float(scheduler.sigmas[scheduler.step_index])
-        return (1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5
-    kept = float(scheduler.alphas_cumprod[int(time)])
-    return kept**0.5, (1 - kept) ** 0.5
+    """The scales (alpha, sigma) of image and noise in what the model sees at this time.
+
+    alpha² + sigma² = 1.
+    """
+    if float(scheduler.init_noise_sigma) > 1:  # its sigmas are noise per unit of image, sigma / alpha
+        ratio = float(scheduler.sigmas[scheduler.step_index])
+        return (1 + ratio**2) ** -0.5, ratio * (1 + ratio**2) ** -0.5
+    alpha_squared = float(scheduler.alphas_cumprod[int(time)])
+    return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
 
 
-def predicted_x0(kind: str, noisy: Tensor, prediction: Tensor, signal: float, noise: float) -> Tensor:
-    """The clean image that a prediction of this kind (diffusers' `prediction_type`) means."""
-    if kind == "sample":
+def predicted_x0(prediction_type: str, noisy: Tensor, prediction: Tensor, alpha: float, sigma: float) -> Tensor:
+    """The clean image (B, C, H, W) implied by a prediction of this type for a noisy image.
+
+    With noisy = alpha x0 + sigma noise: "sample" is x0, "epsilon" the noise, and "v_prediction" the
+    velocity alpha noise - sigma x0 (arXiv:2202.00512).
+    """
+    if prediction_type == "sample":
         return prediction
-    if kind == "epsilon":
-        return (noisy - noise * prediction) / signal
-    return signal * noisy - noise * prediction
-
-
-def check_scheduler(name: str) -> None:
-    """Raise a ValueError, with all names, for one that is not among `SCHEDULERS`."""
-    if name not in SCHEDULERS:
-        raise ValueError(f"unknown scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
+    if prediction_type == "epsilon":
+        return (noisy - sigma * prediction) / alpha
+    return alpha * noisy - sigma * prediction

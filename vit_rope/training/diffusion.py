@@ -84,11 +84,11 @@ class Diffusion(Learner):
         labels = self.classes + (self.null_label is not None) or None
         facts = {"in_channels": in_chans, "out_channels": in_chans, "sample_size": img_size, "num_class_embeds": labels}
         self.model = create(model, model_args or {}, facts)
-        self.trained = sampling.Denoiser(self.model, self.noise, self.classes, self.null_label)
+        self.denoiser = sampling.Denoiser(self.model, self.noise, self.classes, self.null_label)
         self.label_dropout, self.snr_gamma = label_dropout, snr_gamma
         self.sample_every, self.sample_count = sample_every, sample_count
         self.sample_steps, self.sample_scheduler = sample_steps, sample_scheduler
-        sampling.check(self.trained, sample_scheduler, sample_steps, self.trained.size, self._sample_labels())
+        sampling.check(self.denoiser, sample_scheduler, sample_steps, self.denoiser.size, self._sample_labels())
         if compile:
             self.model.compile()  # in place: the names in checkpoints stay
 
@@ -140,7 +140,7 @@ class Diffusion(Learner):
         return {name for name, _ in self.named_parameters() if name.startswith(tuple(f"{part}." for part in spared))}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["denoiser"] = sampling.describe(self.trained)
+        checkpoint["denoiser"] = sampling.describe(self.denoiser)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         match checkpoint.get("denoiser"):
@@ -157,12 +157,12 @@ class Diffusion(Learner):
         model = type(self.model).from_config(self.model.config)  # this one may lie in shards by now
         model.load_state_dict({key.removeprefix("model."): value for key, value in state_dict.items()})
         with replacing_folder(folder) as beside:
-            sampling.save(self.trained._replace(unet=model), beside)
+            sampling.save(self.denoiser._replace(model=model), beside)
         return folder
 
     def _check(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor | None]:
         images, labels = batch
-        wanted = (self.model.config.in_channels, *self.trained.size)
+        wanted = (self.model.config.in_channels, *self.denoiser.size)
         if images.shape[1:] != wanted:
             raise ValueError(f"{self.name} was built for images {wanted}, the data have {tuple(images.shape[1:])}")
         if batch_idx == 0 and (most := float(images.abs().max())) > 1.01:  # not each time, for it waits for the device
@@ -204,9 +204,9 @@ class Diffusion(Learner):
         if due and fitting and folder:  # the run's folder is the one with its checkpoints
             path = Path(folder).parent / "samples" / f"epoch_{epoch:04}.png"
             chosen = (self.sample_count, self.sample_steps, self.sample_scheduler, None, self._sample_labels())
-            images = sampling.sample(self.trained, *chosen)  # by every process: sharded weights are gathered by all
+            images = sampling.sample(self.denoiser, *chosen)  # by every process: sharded weights are gathered by all
             if trainer.is_global_zero:
-                sampling.write_png(sampling.picture(images, self.classes), path)
+                sampling.write_png(sampling.image_grid(images, self.classes), path)
 
     def _sample_labels(self) -> list[int] | None:
         return list(range(self.classes)) or None

@@ -141,16 +141,16 @@ def scores(
     if weights is not None and judge != "inception":
         raise ValueError("--weights are those of --judge inception; a run of a classifier has its own")
     jury = Inception(weights) if judge == "inception" else Judge(judge)
-    trained = sampling.load(run)
+    denoiser = sampling.load(run)
     data = load_data(run, root)
-    labels = list(range(trained.classes)) or None
+    labels = list(range(denoiser.classes)) or None
     test = torch.cat(list(_images(data.test_dataloader(), n)))
     if floor and len(test) < n:
         raise ValueError(
             f"the floor needs as many test images as samples, but there are only {len(test)}; "
             f"lower n, or leave the floor out (--no-floor)"
         )
-    drawn = sampling.sample(trained, n, steps, scheduler, None, labels, guidance, seed)
+    drawn = sampling.sample(denoiser, n, steps, scheduler, None, labels, guidance, seed)
     train, further = _images(data.train_dataloader(), reference), dict[str, float]()
     if drawn.shape[3] == 2 * drawn.shape[2]:
         further = {"copy_error": copy_error(drawn), "copy_error_real": copy_error(test)}

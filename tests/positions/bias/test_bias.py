@@ -16,7 +16,6 @@ from vit_rope.models.vit import RopeViT
 from vit_rope.positions import Layout, build
 from vit_rope.positions.bias.fixed import slopes
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import bias_at, rotates_only
 
 SHAPES = [(5,), (3, 4), (2, 3, 2)]
 
@@ -38,7 +37,7 @@ def scheme(spec, layout, seed=0):
 def logits(position, coords, layer=0, **options):
     """What a scheme adds to the logits of patches (H, N, M), whichever way."""
     encoding = position(coords, **options)
-    bias = bias_at(encoding, layer)
+    bias = encoding.bias(layer)
     total = 0 if bias is None else bias[0]
     if encoding.q.extra:
         q, k = (side.extra[layer % len(side.extra)][0] for side in (encoding.q, encoding.k))
@@ -96,7 +95,7 @@ def test_quadratic_alibi_is_its_own_mask_without_one(prefix, monkeypatch):
     q, k, v = torch.randn(3, 2, 3, prefix + 12, 8, dtype=torch.float64)
     encoding = position(coords, prefix)
     bias = F.pad(loop(lambda h, d: -[2**-4, 2**-8, 2**-2][h] * NORMS["quadratic"](d), (3, 4)), (prefix, 0, prefix, 0))
-    want = attend(q, k, v, build("axial", layout_of((3, 4)))(coords, prefix)._replace(bias=[bias[None]]))
+    want = attend(q, k, v, build("axial", layout_of((3, 4)))(coords, prefix)._replace(biases=[bias[None]]))
     seen, kernel = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(a[3]) or kernel(*a, **k))
     same(attend(q, k, v, encoding), want)
@@ -333,7 +332,7 @@ def test_sandwich_is_the_product_of_sinusoids(shape, flash):
 
     same(logits(position, grid(shape).double() + 40.25), loop(product, shape))
     encoding = position(grid(shape))
-    assert (encoding.bias is None, encoding.q.extra is None) == (flash, not flash)
+    assert (encoding.biases is None, encoding.q.extra is None) == (flash, not flash)
 
 
 def test_sandwich_of_one_axis_is_the_papers():
@@ -371,7 +370,7 @@ def test_tupe_r_is_a_sum():
     both = scheme("tupe + t5", layout)
     encoding = both(grid((3, 4)))
     assert encoding.scale == 2**-0.5
-    assert encoding.bias is not None
+    assert encoding.biases is not None
     assert encoding.q.extra is not None
 
 
@@ -442,7 +441,7 @@ def test_gradients_of_looked_up_biases_are_those_of_pairs(spec):
         position = scheme(spec, layout)
         encoding = position(grid((3, 4)).double(), grid=sizes)
         layers = range(layout.depth if spec != "t5" else 1)
-        sum((bias_at(encoding, layer) * weights[layer]).sum() for layer in layers).backward()
+        sum((encoding.bias(layer) * weights[layer]).sum() for layer in layers).backward()
         found.append([p.grad for p in position.parameters()])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -460,7 +459,7 @@ def test_layers_that_differ_look_their_biases_up_one_at_a_time(spec):
 def test_a_bias_beside_a_rotation_leaves_the_fast_path_open():
     layout = Layout(width=24, heads=3, grid=(3, 4), depth=2)
     encoding = scheme("swin + axial(share='rest')", layout)(layout.coords(), prefix=1, grid=[3, 4])
-    assert rotates_only(encoding)
+    assert encoding.rotates_only()
     packed = torch.randn(2, 13, 72, generator=torch.Generator().manual_seed(1))
     q, k, v = packed.view(2, 13, 3, 3, 8).permute(2, 0, 3, 1, 4)
     for layer in range(2):

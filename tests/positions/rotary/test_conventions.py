@@ -1,4 +1,6 @@
-"""Conventions whose sources are not among the test dependencies: their formulas in float64, and their code if there."""
+"""Conventions of sources that are not test dependencies: their formulas in float64, and their code
+where it is installed.
+"""
 
 import math
 
@@ -10,7 +12,6 @@ from vit_rope.attention import attend
 from vit_rope.ops.rotate import rotate
 from vit_rope.ops.tables import angles
 from vit_rope.positions import Layout, build
-from vit_rope.positions.encoding import tables
 from vit_rope.positions.presets import presets
 
 SHAPE, HEADS, HEAD = (5, 7), 2, 64
@@ -58,7 +59,7 @@ def hdit(shape):
 
 
 def swin(shape):
-    """Frequencies of which those that ought to be 0 are the cosine of half of float32's pi."""
+    """Frequencies whose zeros are the cosine of half of float32's pi."""
     speeds, leak = fall(16, 50), float(torch.cos(torch.tensor(math.pi / 2)))
     y, x = cells(shape).unbind(-1)
     return torch.cat([x[:, None] * speeds, y[:, None] * speeds + x[:, None] * speeds * leak], dim=-1)[:, None]
@@ -102,21 +103,21 @@ def test_tables_are_those_of_the_formula(name, shape):
     scheme, layout = position(name, shape)
     encoding = scheme(layout.coords(shape), grid=list(shape))
     want = formula(shape)
-    turn = tables(encoding.q)[0][0].detach().double()
+    table = encoding.q.tables()[0][0].detach().double()
     assert encoding.stride == stride
-    assert turn.shape[-2] == want.shape[-1]  # the rest of the head stays
+    assert table.shape[-2] == want.shape[-1]  # the rest of the head stays
     close = 1e-6 + float(want.abs().max()) * 2**-23  # an angle in float32 is known no better
-    torch.testing.assert_close(turn[..., 0], want.cos().expand(turn.shape[:-1]), rtol=0, atol=close)
-    torch.testing.assert_close(turn[..., 1], want.sin().expand(turn.shape[:-1]), rtol=0, atol=close)
+    torch.testing.assert_close(table[..., 0], want.cos().expand(table.shape[:-1]), rtol=0, atol=close)
+    torch.testing.assert_close(table[..., 1], want.sin().expand(table.shape[:-1]), rtol=0, atol=close)
 
 
 def test_lieres_coordinates_grow_with_the_grid():
     scheme, layout = position("liere_visionllama", train=(5, 7))
-    turn = tables(scheme(layout.coords((10, 7)), grid=[10, 7]).q)[0][0, :, 0]
-    places = torch.cartesian_prod(torch.linspace(0, 2, 10, dtype=F64), torch.linspace(0, 1, 7, dtype=F64))
+    table = scheme(layout.coords((10, 7)), grid=[10, 7]).q.tables()[0][0, :, 0]
+    points = torch.cartesian_prod(torch.linspace(0, 2, 10, dtype=F64), torch.linspace(0, 1, 7, dtype=F64))
     speeds = torch.linspace(0, -4, 16, dtype=F64).exp()
-    want = along(places, speeds, speeds)[:, 0]
-    torch.testing.assert_close(turn[..., 0].double(), want.cos(), rtol=0, atol=1e-6)
+    want = along(points, speeds, speeds)[:, 0]
+    torch.testing.assert_close(table[..., 0].double(), want.cos(), rtol=0, atol=1e-6)
 
 
 def test_liere_is_exponentials_at_its_coordinates():
@@ -127,8 +128,8 @@ def test_liere_is_exponentials_at_its_coordinates():
     with torch.no_grad():
         scheme.scheme.entries.copy_(-upper.mT[..., row, column].transpose(0, 1)[None])
     q = torch.randn(1, HEADS, 70, HEAD, dtype=F64)
-    places = torch.cartesian_prod(torch.linspace(0, 2, 10, dtype=F64), torch.linspace(0, 1, 7, dtype=F64))
-    generators = torch.einsum("na,ahsij->nhsij", places, upper - upper.mT)
+    points = torch.cartesian_prod(torch.linspace(0, 2, 10, dtype=F64), torch.linspace(0, 1, 7, dtype=F64))
+    generators = torch.einsum("na,ahsij->nhsij", points, upper - upper.mT)
     want = torch.einsum("nhsij,bhnsj->bhnsi", torch.matrix_exp(generators), q.unflatten(-1, (8, 8))).flatten(-2)
     basis = scheme(layout.coords((10, 7)), grid=[10, 7]).q.basis[0].detach().double()
     got = torch.einsum("bnhsij,bhnsi->bhnsj", basis, q.unflatten(-1, (8, 8))).flatten(-2)
@@ -136,15 +137,17 @@ def test_liere_is_exponentials_at_its_coordinates():
     assert not scheme.relative
 
 
-def rotations(generators, places):
+def rotations(generators, points):
     """Orthogonal matrices (N, H, D, D) of generators (A, H, S, b, b)."""
-    blocks = torch.matrix_exp(torch.einsum("na,ahsij->nhsij", places, generators))
+    blocks = torch.matrix_exp(torch.einsum("na,ahsij->nhsij", points, generators))
     return torch.stack([torch.stack([torch.block_diag(*head) for head in token]) for token in blocks])
 
 
 @pytest.mark.parametrize("name", ["comrope_ap", "comrope_ld"])
-def test_comrope_with_a_class_token_that_turns(name):
-    """Its logits, of a class token at 0.5 and patches at (c + 0.5) / n, are ours behind a basis for each head."""
+def test_comrope_with_a_class_token_that_rotates(name):
+    """Its logits, with a class token at 0.5 and patches at (c + 0.5) / n, are ours in another basis
+    for each head.
+    """
     scheme, layout = position(name)
     p = torch.randn(HEADS, 8, 8, 8, dtype=F64)
     skew = p - p.mT
@@ -163,31 +166,31 @@ def test_comrope_with_a_class_token_that_turns(name):
             scheme.speeds.copy_(speeds / 2)
             scheme.theta.copy_(theta[None, None, ..., None])
     q, k, v = torch.randn(3, 1, HEADS, 36, HEAD, dtype=F64)
-    places = torch.cat((torch.full((1, 2), 0.5, dtype=F64), (cells() + 0.5) / torch.tensor(SHAPE)))
-    turn = rotations(theta[:, None, :, None, None] * skew, places)
-    turned = [torch.einsum("nhij,bhnj->bhni", turn, x) for x in (q, k)]
-    want = torch.nn.functional.scaled_dot_product_attention(*turned, v)
+    points = torch.cat((torch.full((1, 2), 0.5, dtype=F64), (cells() + 0.5) / torch.tensor(SHAPE)))
+    table = rotations(theta[:, None, :, None, None] * skew, points)
+    rotated = [torch.einsum("nhij,bhnj->bhni", table, x) for x in (q, k)]
+    want = torch.nn.functional.scaled_dot_product_attention(*rotated, v)
     q, k = (torch.einsum("hji,bhnj->bhni", basis, x) for x in (q, k))
     got = attend(q.float(), k.float(), v.float(), scheme(layout.coords(), prefix=1)).double().detach()
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
 
 
-def test_ltx_turns_the_width_of_all_heads():
+def test_ltx_rotates_the_width_of_all_heads():
     rope = LTXVideoRotaryPosEmbed(HEADS * HEAD)  # 128 channels: 21 frequencies on 3 axes, and two channels in front
     coords = cells((3, 4, 5)).float() * torch.tensor([3.0, 400.0, 300.0])
     cos, sin = (t[0, :, ::2] for t in rope(torch.zeros(1), video_coords=coords.T[None]))
     scheme, _ = position("ltx", (3, 4, 5))
-    places = coords / torch.tensor([20.0, 2048.0, 2048.0]) * 2 - 1
-    theta = angles(scheme.initial, places)[0, 0].flatten(-2)
+    points = coords / torch.tensor([20.0, 2048.0, 2048.0]) * 2 - 1
+    theta = angles(scheme.frequencies(points), points)[0, 0].flatten(-2)
     assert torch.equal(theta.cos(), cos)
     assert torch.equal(theta.sin(), sin)
-    turn = tables(scheme(places).q)[0][0].flatten(1, 2)
-    torch.testing.assert_close(turn[..., 0], cos, rtol=0, atol=2e-7)
-    assert (turn[:, 0] == torch.tensor([1.0, 0.0])).all()
-    assert (turn[:, HEAD // 2] != torch.tensor([1.0, 0.0])).any()
+    table = scheme(points).q.tables()[0][0].flatten(1, 2)
+    torch.testing.assert_close(table[..., 0], cos, rtol=0, atol=2e-7)
+    assert (table[:, 0] == torch.tensor([1.0, 0.0])).all()
+    assert (table[:, HEAD // 2] != torch.tensor([1.0, 0.0])).any()
 
 
-# ---- the code of sources that a reader may have ---------------------------------------------------------------------
+# ---- the code of sources that a reader may have ----------------------------
 
 
 @pytest.mark.parametrize(
@@ -204,9 +207,9 @@ def test_rotary_embedding_torch(name, options):
     want = theirs.apply_rotary_emb(freqs, q.unflatten(2, SHAPE)).flatten(2, 3)
     scheme, layout = position(name)
     encoding = scheme(layout.coords(), grid=list(SHAPE))
-    torch.testing.assert_close(rotate(q, tables(encoding.q)[0], encoding.stride), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rotate(q, encoding.q.tables()[0], encoding.stride), want, rtol=0, atol=1e-5)
     if name == "rotary_embedding_torch":
-        theta = angles(scheme.initial, layout.coords())[0, 0, :, 0]
+        theta = angles(scheme.frequencies(layout.coords()), layout.coords())[0, 0, :, 0]
         assert torch.equal(theta, freqs.flatten(0, 1)[:, ::2])
 
 
@@ -218,19 +221,19 @@ def test_vit_pytorchs_axial_tables():
         "vit_5": [t[0, 0, 4:] for t in vit_5.AxialRotaryEmbedding(HEAD)(torch.zeros(1, 53, HEAD))[::-1]],
     }.items():
         scheme, layout = position(name, (7, 7))
-        turn = tables(scheme(layout.coords(), grid=[7, 7]).q)[0][0, :, 0]
-        torch.testing.assert_close(turn[..., 0], want_cos[:, ::2], rtol=0, atol=2e-6)
-        torch.testing.assert_close(turn[..., 1], want_sin[:, ::2], rtol=0, atol=2e-6)
+        table = scheme(layout.coords(), grid=[7, 7]).q.tables()[0][0, :, 0]
+        torch.testing.assert_close(table[..., 0], want_cos[:, ::2], rtol=0, atol=2e-6)
+        torch.testing.assert_close(table[..., 1], want_sin[:, ::2], rtol=0, atol=2e-6)
 
 
 def test_vit_pytorchs_golden_gate():
     theirs = pytest.importorskip("vit_pytorch.vit_nd_rotary").GoldenGateRoPENd(2, HEADS, HEAD)
     scheme, layout = position("golden_gate")
-    torch.testing.assert_close(scheme.initial[0].mT, theirs.freqs, rtol=1e-6, atol=1e-6)
-    q, places = torch.randn(1, HEADS, 35, HEAD), layout.coords() / 100  # or angles would be 10^5
-    encoding = scheme(places)
-    turned = rotate(q, tables(encoding.q)[0], encoding.stride)
-    torch.testing.assert_close(turned, theirs(q, places[None]), rtol=0, atol=5e-4)
+    torch.testing.assert_close(scheme.frequencies(layout.coords())[0].mT, theirs.freqs, rtol=1e-6, atol=1e-6)
+    q, points = torch.randn(1, HEADS, 35, HEAD), layout.coords() / 100  # otherwise angles would be 10^5
+    encoding = scheme(points)
+    rotated = rotate(q, encoding.q.tables()[0], encoding.stride)
+    torch.testing.assert_close(rotated, theirs(q, points[None]), rtol=0, atol=5e-4)
 
 
 def test_k_diffusions_learned_speeds():
@@ -242,5 +245,5 @@ def test_k_diffusions_learned_speeds():
         scheme.speeds.copy_(torch.cat((rope.freqs_h, rope.freqs_w), dim=-1).exp())
         q, pos = torch.randn(1, HEADS, 35, HEAD), theirs.make_axial_pos(*SHAPE)
         torch.testing.assert_close(layout.coords(), pos, rtol=0, atol=1e-6)
-        turned = rotate(q, tables(scheme(pos).q)[0])
-        torch.testing.assert_close(turned, rope(q, pos), rtol=0, atol=1e-5)
+        rotated = rotate(q, scheme(pos).q.tables()[0])
+        torch.testing.assert_close(rotated, rope(q, pos), rtol=0, atol=1e-5)

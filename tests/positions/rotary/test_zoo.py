@@ -1,4 +1,4 @@
-"""Rotary kin against what others publish, and against the matrices they stand for, multiplied out in float64."""
+"""Rotary schemes against published code, and against products of their matrices in float64."""
 
 import itertools
 import math
@@ -20,9 +20,9 @@ from vit_rope.models.vit import RopeViT
 from vit_rope.ops.rotate import rotate
 from vit_rope.positions import Layout, build
 from vit_rope.positions.coords import grid
-from vit_rope.positions.encoding import Transform
 from vit_rope.positions.rotary.directions import regular_simplex
 from vit_rope.positions.rotary.generators import block_diagonal, cayley, diagonalize, exponential, simplest, skew
+from vit_rope.positions.transform import Transform
 from vit_rope.unet.maps import map_layout
 
 SHAPES = [(5,), (3, 4), (2, 3, 2)]
@@ -37,7 +37,7 @@ def coordinates(shape):
 
 
 def logits(position, coords, q, k, layer=0):
-    """q_i · k_j (N, M) of one head's queries and keys (N, D), as attention sees them."""
+    """q_i · k_j (N, M) of one head's queries and keys (N, D), as attention computes them."""
     encoding = position(coords)
     return [_placed(x, side, encoding, layer) for x, side in ((q, encoding.q), (k, encoding.k or encoding.q))]
 
@@ -49,7 +49,9 @@ def _placed(x, side, encoding, layer):
         basis = block_diagonal(basis) if basis.ndim == 6 else basis
         x = torch.einsum("bhnd,bnhde->bhne", x, basis.expand(1, len(x[0, 0]), 2, -1, -1))
     return (
-        rotate(x, side.turn[layer % len(side.turn)].expand(1, -1, 2, -1, -1), encoding.stride)[0] if side.turn else x[0]
+        rotate(x, side.rotation[layer % len(side.rotation)].expand(1, -1, 2, -1, -1), encoding.stride)[0]
+        if side.rotation
+        else x[0]
     )
 
 
@@ -69,7 +71,7 @@ def score_of(matrices, q, k):
     return left @ right.T
 
 
-# ---- directions -----------------------------------------------------------------------------------------------------
+# ---- directions ----------------------------
 
 
 def test_splitaxial_rotates_as_interleaved_mrope():
@@ -78,7 +80,7 @@ def test_splitaxial_rotates_as_interleaved_mrope():
     coords = torch.cat((torch.zeros(20, 1), grid((4, 5))), dim=1)  # an image at time 0
     encoding = build('splitaxial(pairs="half")', layout_of((1, 4, 5), 36))(coords)
     want = apply_rot_embed_cat(q, theirs.get_embed([4, 5]), half=True)
-    torch.testing.assert_close(rotate(q, encoding.q.turn[0], encoding.stride), want, rtol=0, atol=2e-6)
+    torch.testing.assert_close(rotate(q, encoding.q.rotation[0], encoding.stride), want, rtol=0, atol=2e-6)
 
 
 def test_splitaxial_scores_as_pixtral():
@@ -96,7 +98,7 @@ def test_splitaxial_scores_as_pixtral():
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
-def test_golden_directions_are_the_sequence_and_even(axes):
+def test_golden_directions_are_the_published_sequence_and_evenly_spread(axes):
     layout = Layout(width=64 * 8, heads=8, grid=(4,) * axes)
     freqs = build("goldengate(base=10, fastest=2)", layout).initial[0].double()
     root = float(sympy.nsolve(sympy.Symbol("g") ** (axes + 1) - sympy.Symbol("g") - 1, 1.3))
@@ -109,7 +111,7 @@ def test_golden_directions_are_the_sequence_and_even(axes):
         want = [2 * 10 ** (-pair / 32) * x / math.sqrt(sum(y * y for y in normal)) for x in normal]
         assert freqs[head, :, pair].tolist() == pytest.approx(want, rel=1e-5)
     units = (freqs / freqs.norm(dim=1, keepdim=True)).transpose(0, 1).flatten(1)  # (A, 256)
-    assert units.mean(dim=1).abs().max() < 0.02  # independent ones would reach 0.06
+    assert units.mean(dim=1).abs().max() < 0.02  # independent directions would reach 0.06
     torch.testing.assert_close(units @ units.T / 256, torch.eye(axes, dtype=torch.float64) / axes, rtol=0, atol=0.02)
 
 
@@ -125,10 +127,10 @@ def test_a_simplex_has_corners_at_equal_angles(axes):
         torch.testing.assert_close(lattices[:, i], want, rtol=0, atol=1e-6)
 
 
-def test_simplex_looks_the_same_in_six_directions():
+def test_simplex_has_six_fold_symmetry():
     position = build("simplex", layout_of((8, 8), 48))
     angle = torch.arange(6) * math.pi / 3 + 0.2
-    cosines = position(3 * torch.stack((angle.cos(), angle.sin()), dim=-1)).q.turn[0][0, :, 0, :, 0].mean(dim=-1)
+    cosines = position(3 * torch.stack((angle.cos(), angle.sin()), dim=-1)).q.rotation[0][0, :, 0, :, 0].mean(dim=-1)
     torch.testing.assert_close(cosines, cosines[:1].expand(6))
 
 
@@ -152,16 +154,18 @@ def test_learned_axial_frequencies_stay_on_their_axis(shape):
         )
 
 
-# ---- generators -----------------------------------------------------------------------------------------------------
+# ---- generators ----------------------------
 
 
-def test_two_by_two_turns_tell_one_number():
+def test_two_by_two_rotations_encode_one_number():
     a, b, c, d = sympy.symbols("a b c d", real=True)
     one, two = sympy.Matrix([[0, -a], [a, 0]]), sympy.Matrix([[0, -b], [b, 0]])
     assert one * two == two * one
     x, y = sympy.symbols("x y", real=True)
-    turn = (x * one + y * two).applyfunc(sympy.expand)
-    assert turn.subs({x: c * b, y: d - c * a}).equals(turn.subs({x: 0, y: d}))  # along a line all places look the same
+    table = (x * one + y * two).applyfunc(sympy.expand)
+    assert table.subs({x: c * b, y: d - c * a}).equals(
+        table.subs({x: 0, y: d})
+    )  # along a line all positions look the same
 
 
 def test_three_by_three_commutes_only_about_one_axis():
@@ -190,7 +194,7 @@ def test_four_by_four_needs_two_relations_and_has_planes():
         list((rows * general - general * rows).subs({a: 1, b: 3}).expand()),
         [d, e, sympy.Symbol("h"), sympy.Symbol("i")],
     )
-    assert all(value == 0 for value in forced.values())  # what commutes with two planes turns those planes
+    assert all(value == 0 for value in forced.values())  # a matrix that commutes with two planes rotates those planes
     freqs = diagonalize(simplest(4))[0]
     assert sorted(freqs.abs().flatten().tolist()) == [0, 0, 1, 1]
     assert torch.linalg.matrix_rank(freqs) == 2
@@ -260,7 +264,7 @@ def random_generators(block, scales):
     return [torch.tensor(s * (p - p.T)) for s in scales], torch.tensor(basis), torch.tensor(values[values > 0])
 
 
-def test_comrope_ld_is_the_exponential_behind_a_basis():
+def test_comrope_ld_is_the_exponential_in_another_basis():
     scales = ((0.3, -0.7), (0.2, 0.5))
     generators, basis, speeds = random_generators(6, (1.0,))
     position, coords = build("comrope_ld(block=6)", layout_of((3, 4), 12)), coordinates((3, 4))
@@ -276,7 +280,7 @@ def test_comrope_ld_is_the_exponential_behind_a_basis():
     torch.testing.assert_close(score(position, coords, q @ both, k @ both), score_of(matrices, q, k), rtol=0, atol=1e-5)
 
 
-def test_comrope_ap_is_the_exponential_behind_a_basis():
+def test_comrope_ap_is_the_exponential_in_another_basis():
     generators, basis, speeds = random_generators(6, (0.3,))
     position, coords = build("comrope_ap(block=6)", layout_of((3, 4), 12)), coordinates((3, 4))
     with torch.no_grad():
@@ -287,11 +291,12 @@ def test_comrope_ap_is_the_exponential_behind_a_basis():
     torch.testing.assert_close(score(position, coords, q @ both, k @ both), score_of(matrices, q, k), rtol=0, atol=1e-5)
 
 
-def test_comrope_begins_as_random_generators_do():
+def test_comrope_is_initialised_like_random_generators():
     layout = Layout(width=64 * 16, heads=16, grid=(4, 4), depth=8)
     for spec in ("comrope_ap(std=0.2)", "comrope_ld(std=0.2)"):
         speeds = build(spec, layout).speeds.detach().reshape(-1, 4)
-        # sum of squares of a skew matrix's entries is twice that of its frequencies: E = 2 std^2 b (b - 1) / 2
+        # sum of squares of a skew matrix's entries is twice that of its frequencies: E = 2 std^2 b
+        # (b - 1) / 2
         assert float(speeds.square().sum(dim=1).mean()) == pytest.approx(0.04 * 8 * 7, rel=0.05)
 
 
@@ -325,7 +330,7 @@ def test_a_folded_model_is_the_same_function(spec):
     want, folded = model(images), fold(model)
     torch.testing.assert_close(folded(images), want, rtol=0, atol=1e-5)
     assert not [name for name in folded.state_dict() if "entries" in name]
-    assert torch.equal(model(images), want)  # which is left as it was
+    assert torch.equal(model(images), want)  # unchanged
     plain = {"string(std=0.3)": "axial", "learned + string(std=0.3)": "learned + axial"}.get(spec, "mixed")
     loaded = RopeViT((48, 32), 16, position=plain, **size).double().eval()
     loaded.load_state_dict(folded.state_dict())
@@ -335,7 +340,7 @@ def test_a_folded_model_is_the_same_function(spec):
     assert (unplaced(images) - want).abs().max() > 1e-3
 
 
-def test_what_cannot_be_folded():
+def test_schemes_that_cannot_be_folded_are_refused():
     size = {"embed_dim": 48, "depth": 1, "num_heads": 2}
     with pytest.raises(ValueError, match="positions have no learned basis to fold; only string and commuting do"):
         fold(RopeViT(32, 16, position="axial", **size))
@@ -351,7 +356,7 @@ def test_liere_is_the_exponential_and_not_relative():
     q, k = random_pair(12, 12)
     entries = position.entries.detach().double()
     assert 0 <= entries.min() < 0.1
-    assert 2 < entries.max() <= 2 * math.pi / 3  # a longest side of 3 cells
+    assert 2 < entries.max() <= 2 * math.pi / 3  # the longest side has 3 cells
     for layer, head in itertools.product(range(2), range(2)):
         generators = []
         for a in range(2):
@@ -391,7 +396,7 @@ def test_skew_and_cayley():
         diagonalize(torch.eye(4)[None])
 
 
-# ---- controls -------------------------------------------------------------------------------------------------------
+# ---- controls ----------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -418,7 +423,7 @@ def test_quaternions_multiply_as_hamilton_does(shape):
     coords, (q, k) = coordinates(shape), random_pair(math.prod(shape), 12)
     position = build("quaternion(base=10)", layout_of(shape))
 
-    def turned(x, place):
+    def rotated(x, place):
         out = []
         for f in range(3):
             angle = [float(p) * 10 ** (-f / 3) for p in place] + [0.0] * (3 - len(place))
@@ -427,13 +432,13 @@ def test_quaternions_multiply_as_hamilton_does(shape):
             out += hamilton([float(v) for v in x[4 * f : 4 * f + 4]], unit)
         return torch.tensor(out, dtype=torch.float64)
 
-    left, right = ([turned(x, place) for x, place in zip(t, coords, strict=True)] for t in (q, k))
+    left, right = ([rotated(x, place) for x, place in zip(t, coords, strict=True)] for t in (q, k))
     want = torch.stack(left) @ torch.stack(right).T
     torch.testing.assert_close(score(position, coords, q, k), want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_spherical_turns_about_one_axis_after_another(shape):
+def test_spherical_rotates_about_one_axis_after_another(shape):
     coords, (q, k) = coordinates(shape), random_pair(math.prod(shape), 14)
     position = build("spherical(base=10)", layout_of(shape, 14))
 
@@ -448,10 +453,10 @@ def test_spherical_turns_about_one_axis_after_another(shape):
     for place in coords:
         blocks = []
         for f in range(4):
-            turn = np.eye(3)
+            table = np.eye(3)
             for a, p in enumerate(place):
-                turn = turn @ about(a, float(p) * 10 ** (-f / 4))
-            blocks.append(torch.tensor(turn))
+                table = table @ about(a, float(p) * 10 ** (-f / 4))
+            blocks.append(torch.tensor(table))
         matrices.append(torch.block_diag(*blocks, torch.eye(2, dtype=torch.float64)))  # two channels are left
     torch.testing.assert_close(score(position, coords, q, k), score_of(matrices, q, k), rtol=0, atol=1e-5)
 
@@ -487,10 +492,10 @@ def test_orthogonal_powers_of_determinant_one_are_rope():
     torch.testing.assert_close(score(position, coords, q, k), score(build("axial", layout_of()), coords, q, k))
 
 
-# ---- values, moduli, decay ------------------------------------------------------------------------------------------
+# ---- values, moduli, decay ----------------------------
 
 
-def test_values_turn_as_in_roformer():
+def test_values_rotate_as_in_roformer():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         roformer = pytest.importorskip("transformers.models.roformer.modeling_roformer")
@@ -503,7 +508,7 @@ def test_values_turn_as_in_roformer():
     torch.testing.assert_close(attend(q, k, v, encoding), want, rtol=0, atol=1e-5)
 
 
-def test_outputs_are_turned_back_to_their_own_places():
+def test_outputs_are_rotated_back_by_their_own_position():
     coords = coordinates((3, 4))
     freqs = oracles.axial_frequencies((6, 6), 100.0, 2)
     q, k, v = torch.randn(3, 1, 1, 12, 12, dtype=torch.float64)
@@ -577,18 +582,18 @@ def test_xpos_scores_are_those_of_x_transformers():
 def test_xpos_decays_towards_the_past_and_grows_towards_the_future():
     position = build("xpos(scale=1, gamma=1)", layout_of((9,), 12))
     coords = torch.tensor([[0.0], [3.0]], dtype=torch.float64)
-    (a, b), (c, d) = (side.turn[0][0, :, 0].norm(dim=-1) for side in position(coords)[:2])
+    (a, b), (c, d) = (side.rotation[0][0, :, 0].norm(dim=-1) for side in position(coords)[:2])
     zeta = (torch.arange(6, dtype=torch.float64) / 6 + 1) / 2
     torch.testing.assert_close(b * c, zeta**3, rtol=0, atol=1e-6)
     torch.testing.assert_close(a * d, zeta**-3, rtol=0, atol=1e-4)
     here, later = (
-        side.turn[0][0, :, 0].norm(dim=-1) for side in build("xpos", layout_of((9,)))(512.0 * coords / 3)[:2]
+        side.rotation[0][0, :, 0].norm(dim=-1) for side in build("xpos", layout_of((9,)))(512.0 * coords / 3)[:2]
     )
     assert float(here[0, 0] * later[1, 0]) == pytest.approx(3.5, abs=1e-3)  # as published, over one scale
 
 
 @pytest.mark.parametrize("spec", ["xpos + mixed", "mixed + xpos", "pope", "valuerope + mixed"])
-def test_gradients_of_learned_turns_are_numerical_ones(spec):
+def test_gradients_of_learned_rotations_match_finite_differences(spec):
     layout = layout_of((5,), 4, 1, 1)
     position, coords = build(spec, layout), coordinates((5,))
     q, k, v = torch.randn(3, 1, 1, 5, 4, dtype=torch.float64)
@@ -611,7 +616,7 @@ def test_gradients_of_learned_turns_are_numerical_ones(spec):
             )
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------
 
 
 @pytest.mark.parametrize(
@@ -624,17 +629,17 @@ def test_gradients_of_learned_turns_are_numerical_ones(spec):
             "xpos has one axis, got 2: a decay that queries and keys each multiply in, zeta^(p_q - p_k), grows",
         ),
         ("xpos(scale=0)", 12, 1, "xpos needs a positive base, scale and gamma, got 10000.0, 0 and 0.4"),
-        ("quaternion", 12, 4, "quaternion has units for up to 3 axes and takes channels in fours, got 4 axes"),
+        ("quaternion", 12, 4, "quaternion has units for up to 3 axes and groups of four channels, got 4 axes"),
         ("quaternion", 14, 2, "got 2 axes and head_dim 14"),
         ("quaternion(base=0)", 12, 2, "quaternion needs a positive base, got 0"),
-        ("spherical", 12, 4, "spherical turns about up to 3 axes of space and takes channels in threes, got 4 axes"),
+        ("spherical", 12, 4, "spherical rotates about up to 3 axes of space, in groups of three channels, got 4 axes"),
         ("spherical(base=-1)", 12, 2, "spherical needs a positive base, got -1"),
         ("orthogonal(determinant=2)", 12, 2, "orthogonal(determinant=…) takes -1 or 1, got 2"),
         (
             "splitaxial",
             5,
             2,
-            "splitaxial turns pairs of channels on 2 axes, so head_dim must be even and at least 4, got 5; use 6",
+            "splitaxial rotates pairs of channels on 2 axes, so head_dim must be even and at least 4, got 5; use 6",
         ),
         ("simplex", 2, 2, "head_dim must be even and at least 4, got 2; use 4"),
         ("goldengate(base=0)", 12, 2, "goldengate needs a positive base and fastest, got base 0 and fastest 1.0"),
@@ -670,9 +675,9 @@ def test_two_bases_cannot_be_summed():
 
 
 @pytest.mark.parametrize("spec", ["sumcoords", "pope"])
-def test_heads_that_do_not_share_the_width_turn_as_any(spec):
+def test_heads_that_do_not_fill_the_width_rotate_as_usual(spec):
     """A U-Net's attention may have fewer channels in its heads than in its map."""
     narrow = map_layout(32, 2, 8, 0, (6, 6), "index", 0.0)
     plain = Layout(width=16, heads=2, grid=(6, 6), depth=1)
-    ours, theirs = (build(spec, layout)(plain.coords()).q.turn for layout in (narrow, plain))
+    ours, theirs = (build(spec, layout)(plain.coords()).q.rotation for layout in (narrow, plain))
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)

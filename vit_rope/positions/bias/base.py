@@ -42,11 +42,11 @@ class Bias(Position):
             delta, index = displacements.across_axes(*displacements.along_axes(self.layout, coords, key_coords, grid))
             values = logits(delta)  # (L, H, T)
             if len(values) > 1:
-                return Encoding(terms=[[RelativeTerm(table[..., None], index, "logits")] for table in values])
+                return Encoding(term_lists=[[RelativeTerm(table[..., None], index, "logits")] for table in values])
             values = displacements.look_up(values, index)
         else:
             values = logits(displacements.of_pairs(self.layout, coords, key_coords))
-        return Encoding(bias=list(values.transpose(1, 2).unbind(0)))  # (L, H, B, N, M)
+        return Encoding(biases=list(values.transpose(1, 2).unbind(0)))  # (L, H, B, N, M)
 
 
 def length(delta: Tensor, distance: str) -> Tensor:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..base import Layout
-from ..encoding import Encoding, Transform
+from ..encoding import Encoding
 from ..specs import register
+from ..transform import Transform
 from .base import Bias, constants, length
 
 HIDDEN = -1e4  # as good as -inf after a softmax, but where all keys are hidden it leaves no NaN; fits float16

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base import Layout, Position, check_pairs
-from ..encoding import Encoding, Transform
+from ..encoding import Encoding
 from ..grids import is_whole, read, resample
 from ..specs import register
+from ..transform import Transform
 from .base import Bias, constants
 
 

@@ -31,7 +31,7 @@ class RelativeTerms(Position):
         for axis, line in enumerate(lines):
             for on, tables in self.rows(axis, line):
                 terms.append([RelativeTerm(table, index[axis], on) for table in tables])
-        return Encoding(terms=by_layer(terms))
+        return Encoding(term_lists=by_layer(terms))
 
 
 def by_layer(terms: list[list[RelativeTerm]]) -> list[list[RelativeTerm]]:

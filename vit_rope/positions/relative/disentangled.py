@@ -52,7 +52,7 @@ class TransformerXL(RelativeTerms):
             terms.append([RelativeTerm(table, at, "q") for table in tables])
             place_alone = (self.v.to(line.dtype)[:, :, None] * tables).sum(dim=-1, keepdim=True)  # (L, H, T, 1)
             terms.append([RelativeTerm(row * self.layout.head_dim**-0.5, at, "logits") for row in place_alone])
-        return Encoding(terms=by_layer(terms))
+        return Encoding(term_lists=by_layer(terms))
 
     def rows(self, axis: int, line: Tensor) -> list[tuple[ActsOn, Tensor]]:
         found = sinusoids(line, self.pairs, self.base) @ self.weight[:, axis].to(line.dtype)  # (L, T, H · D)

@@ -141,7 +141,7 @@ class IRPE(RelativeTerms):
             terms += [
                 [RelativeTerm(t, where, on) for t in table] for on, table in zip(self.sides, self.table, strict=True)
             ]
-        return Encoding(terms=by_layer(terms))
+        return Encoding(term_lists=by_layer(terms))
 
     def buckets(self, delta: Tensor) -> list[Tensor]:
         """Rows (T,) of displacements (T, A): one of each, or one for each axis."""

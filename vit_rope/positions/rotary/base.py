@@ -1,44 +1,67 @@
-"""TODO positions.rotary.base from ['positions.rotary']."""
+"""Rotary position embedding along any number of axes.
+
+Channel pairs of queries and keys rotate by angles that are linear in the token's coordinates,
+
+    angle[token, pair] = sum_a coords[token, a] * freqs[a, pair],
+
+so that a query-key product depends on two positions only through their displacement. Every scheme
+whose rotations commute is one choice of `freqs`: one axis per pair is axial RoPE, all axes in every
+pair is mixed RoPE, rows of (W f, f) are RoPE over the flattened image. To add one, return
+`Rotary(freqs)` from a function decorated with `@register`. Modifiers of a scheme append pure
+functions to its `changes`.
+
+Shapes   L layers and H heads (1 if shared), N tokens, A axes, R pairs of the D channels of a head
+Units    coordinates in the layout's unit, freqs in radians per unit
+Pairs    `interleaved`: channels 2j and 2j + 1 rotate together, the block-diagonal matrix;
+         `half`: j and j + R; `axis`: as half, but within the channels of each axis
+Sources  RoFormer, arXiv:2104.09864 (one axis); RoPE-ViT, arXiv:2403.13298 (axial, mixed)
+"""
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from ...ops.tables import cos_sin
 from ..base import Position
-from ..encoding import DeferredRotation, Encoding, Transform
+from ..encoding import Encoding
+from ..transform import DeferredRotation, Transform
+from .changes import Change
 
 Pairs = Literal["interleaved", "half", "axis"]
-TABLES = (
-    64 * 2**20
-)  # bytes of turns that all layers at once may take; beyond, each layer makes its own when it needs it
+TABLES = 64 * 2**20  # bytes that the tables of all layers may take together; beyond, each layer makes its own
 
 
 def geometric(count: int, base: float) -> Tensor:
-    """Frequencies (count,) that fall geometrically from 1 towards 1 / base, to the last bit as others compute them."""
+    """Frequencies (count,) that fall geometrically from 1 towards 1 / base, bit-exact with other
+    libraries.
+    """
     return 1.0 / base ** (torch.arange(count, dtype=torch.float32, device="cpu") / max(count, 1))
 
 
 def rotation_of(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None) -> Transform:
-    """Queries or keys that turn by frequencies (L, H, A, R): tables of all layers, or what makes them if too large."""
+    """Rotation by frequencies (L, H, A, R) at coords (N, A) or (B, N, A): tables, deferred if they
+    are too large.
+    """
     if not torch.compiler.is_compiling() and len(freqs) > 1:
         layers, heads, _, pairs = freqs.shape
         if 2 * layers * heads * pairs * coords.shape[:-1].numel() * freqs.element_size() > TABLES:
             sizes = None if grid is None else list(grid)
-            return Transform(angles=[DeferredRotation(some, coords, sizes) for some in freqs.split(1)])
-    return Transform(turn=list(cos_sin(freqs, coords, grid).unbind(0)))
+            return Transform(deferred=[DeferredRotation(layer, coords, sizes) for layer in freqs.split(1)])
+    return Transform(rotation=list(cos_sin(freqs, coords, grid).unbind(0)))
 
 
 class Rotary(Position):
-    """Turn channel pairs of queries and keys by coordinates times `freqs` (L, H, A, R), fixed or learned.
+    """Rotate channel pairs of queries and keys by coordinates times `freqs` (L, H, A, R), fixed or
+    learned.
 
-    Fixed frequencies are constants of the scheme, neither parameters nor buffers: no cast, no meta device and no
-    checkpoint can change them. Learned ones are one float32 parameter, which keeps that precision under `.bfloat16()`
-    and `.half()`. Reversible where the frequencies of each layer and head tell all axes apart. Raises ValueError for
-    frequencies of another shape or a value that is not finite.
+    Fixed frequencies are constants of the scheme, neither parameters nor buffers: no cast, no meta
+    device and no checkpoint can change them. Learned ones are one float32 parameter, which keeps
+    that precision under `.bfloat16()` and `.half()`. Reversible where the frequencies of each layer
+    and head tell all axes apart. Raises ValueError for frequencies of another shape or a value that
+    is not finite.
     """
 
     def __init__(self, freqs: Tensor, pairs: Pairs = "interleaved", learned: bool = False) -> None:
@@ -53,9 +76,10 @@ class Rotary(Position):
             )
         self.axes, self.pairs = freqs.shape[-2], pairs
         self.stride = {"interleaved": 1, "half": freqs.shape[-1], "axis": freqs.shape[-1] // self.axes}[pairs]
-        self.initial = freqs.detach().to("cpu", torch.float32)  # what fixed frequencies are and learned ones begin as
+        self.initial = freqs.detach().to("cpu", torch.float32)  # the fixed frequencies, or where learned ones start
         self.reversible = bool((torch.linalg.matrix_rank(self.initial) == self.axes).all())
         self.freqs = nn.Parameter(torch.empty(freqs.shape, dtype=torch.float32)) if learned else None
+        self.changes: list[Change] = []
         Rotary.reset_parameters(self)
 
     def reset_parameters(self) -> None:
@@ -63,41 +87,55 @@ class Rotary(Position):
             with torch.no_grad():
                 self.freqs.copy_(self.initial)
 
+    def base_frequencies(self, coords: Tensor) -> Tensor:
+        """Frequencies (L, H, A, R) before any change, on the coordinates' device and in their
+        precision.
+        """
+        return self.initial.to(coords.device, coords.dtype) if self.freqs is None else self.freqs.to(coords.dtype)
+
     def frequencies(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        """Frequencies (L, H, A, R) for coordinates on a `grid`, on the coordinates' device and in their precision."""
-        if self.freqs is not None:
-            return self.freqs.to(coords.dtype)
-        return self.initial.to(coords.device, coords.dtype)
+        """Frequencies (L, H, A, R) for coordinates on a `grid`, with all changes."""
+        return self._with_changes(self.base_frequencies(coords), grid)
+
+    def initial_frequencies(self) -> Tensor:
+        """Frequencies (L, H, A, R) before training, with all changes, on the CPU."""
+        return self._with_changes(self.initial, None)
+
+    def _with_changes(self, freqs: Tensor, grid: Sequence[int] | None) -> Tensor:
+        for change in self.changes:
+            freqs = change(freqs, grid)
+        return freqs
+
+    def changed(self, change: Change) -> Self:
+        """This scheme, with one more change; those that permute axes and pairs come before all
+        others.
+        """
+        end = sum(each.permutes for each in self.changes) if change.permutes else len(self.changes)
+        self.changes.insert(end, change)
+        return self
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         freqs = self.frequencies(coords, grid)
         k = None if key_coords is None else rotation_of(freqs, key_coords)
-        return Encoding(rotation_of(freqs, coords, grid), k, stride=self.stride)
+        return Encoding(rotation_of(freqs, coords, grid), k, scale=self.scale, stride=self.stride)
+
+    @property
+    def scale(self) -> float:
+        """The factor on the logits that changes ask for."""
+        scale = 1.0
+        for change in self.changes:
+            scale *= change.scale
+        return scale
 
     def extra_repr(self) -> str:
-        layers, heads, axes, pairs = self.initial.shape
-        speeds = self.initial.norm(dim=2)
+        freqs = self.initial_frequencies()
+        layers, heads, axes, pairs = freqs.shape
+        speeds = freqs.norm(dim=2)
         rotating = speeds[speeds > 0]
         periods = (
             f"{2 * math.pi / rotating.max():.3g} to {2 * math.pi / rotating.min():.3g}" if len(rotating) else "none"
         )
         kind = "learned from" if self.learned else "of"
-        return f"{pairs} {self.pairs} pairs on {axes} axes, {layers} layers x {heads} heads, {kind} periods {periods}"
-
-
-class LearnedSpeeds(Rotary):
-    """A Rotary that turns along fixed `directions` (A, R), at `speeds` (L, H, R) that it learns, from the given on."""
-
-    def __init__(self, directions: Tensor, speeds: Tensor, pairs: Pairs = "interleaved") -> None:
-        super().__init__(directions * speeds[:, :, None], pairs)
-        self.directions = directions.to("cpu", torch.float32)
-        self.first = speeds.to("cpu", torch.float32)
-        self.speeds = nn.Parameter(torch.empty(speeds.shape, dtype=torch.float32))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.speeds.copy_(self.first)
-
-    def frequencies(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        return self.speeds.to(coords.dtype)[:, :, None] * self.directions.to(coords.device, coords.dtype)
+        changes = "".join(f", {change}" for change in self.changes)
+        shape = f"{pairs} {self.pairs} pairs on {axes} axes, {layers} layers x {heads} heads"
+        return f"{shape}, {kind} periods {periods}{changes}"

@@ -1,23 +1,28 @@
-"""ComRoPE (arXiv:2506.03737): generators in blocks that commute, as the frequencies that they are behind a basis."""
+"""ComRoPE (arXiv:2506.03737): generators in commuting blocks, which in a suitable basis are
+frequencies.
 
-from collections.abc import Sequence
+Shapes   L layers and H heads, A axes, S blocks of b channels each
+"""
 
 import torch
 from torch import Tensor, nn
 
 from ..base import Layout
 from ..specs import register
-from .base import LearnedSpeeds, Rotary
+from .axial import LearnedSpeeds
+from .base import Rotary
 from .generators import blocks_of
 
 
 @register
 def comrope_ap(layout: Layout, block: int = 8, std: float = 0.1) -> Rotary:
-    """ComRoPE with angles partitioned: axes take turns at blocks of channels, each of a learned generator.
+    """ComRoPE with partitioned angles: blocks of channels belong to the axes alternately, each with
+    a learned generator.
 
-    A generator P - P^T of b channels is b / 2 frequencies behind a basis that the projections absorb. Those frequencies
-    are learned, for each layer and head, and begin as those of a normal P with deviation `std`, in radians per unit
-    (ComRoPE-AP, arXiv:2506.03737). Raises ValueError for a block that is odd or leaves an axis without one.
+    A generator P - P^T of b channels is b / 2 frequencies in a basis that the projections absorb.
+    Those frequencies are learned, for each layer and head, and are initialised as those of a normal
+    P with standard deviation `std`, in radians per unit (ComRoPE-AP, arXiv:2506.03737). Raises
+    ValueError for an odd block or where an axis gets no block.
     """
     speeds = _random_speeds("comrope_ap", layout, block, std)
     axis = torch.arange(speeds.shape[-2], device="cpu") % layout.axes
@@ -27,28 +32,30 @@ def comrope_ap(layout: Layout, block: int = 8, std: float = 0.1) -> Rotary:
 
 @register("comrope_ld")
 class ComRoPELD(Rotary):
-    """ComRoPE with linearly dependent generators: each block has one, times a learned number for each axis.
+    """ComRoPE with linearly dependent generators: each block has one, times a learned number for
+    each axis.
 
-    B_a = theta_a (P - P^T) is theta_a times the b / 2 frequencies of P - P^T, behind a basis that the projections
-    absorb, so that each block looks along one direction theta. Both are learned, for each layer and head; theta begins
-    normal, frequencies as those of a normal P with deviation `std`, in radians per unit (ComRoPE-LD, arXiv:2506.03737).
-    Raises ValueError for a block that is odd or where there are fewer blocks than axes.
+    B_a = theta_a (P - P^T) is theta_a times the b / 2 frequencies of P - P^T, in a basis that the
+    projections absorb, so that each block has one direction theta. Both are learned, for each layer
+    and head; theta is initialised from a normal distribution, frequencies as those of a normal P
+    with standard deviation `std`, in radians per unit (ComRoPE-LD, arXiv:2506.03737). Raises
+    ValueError for an odd block or where there are fewer blocks than axes.
     """
 
     def __init__(self, layout: Layout, block: int = 8, std: float = 0.1) -> None:
         speeds = _random_speeds("comrope_ld", layout, block, std)
         theta = torch.randn(layout.depth, layout.heads, layout.axes, speeds.shape[-2], 1, device="cpu")
         super().__init__((theta * speeds[:, :, None]).flatten(-2))
-        self.first = theta, speeds
+        self.initial_factors = theta, speeds
         self.theta, self.speeds = nn.Parameter(torch.empty(theta.shape)), nn.Parameter(torch.empty(speeds.shape))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            for parameter, value in zip((self.theta, self.speeds), self.first, strict=True):
+            for parameter, value in zip((self.theta, self.speeds), self.initial_factors, strict=True):
                 parameter.copy_(value)
 
-    def frequencies(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+    def base_frequencies(self, coords: Tensor) -> Tensor:
         return (self.theta.to(coords.dtype) * self.speeds.to(coords.dtype)[:, :, None]).flatten(-2)
 
 

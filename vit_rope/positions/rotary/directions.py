@@ -1,4 +1,8 @@
-"""Kin of axial and mixed: other ways of giving each channel pair a direction and a speed, with nothing to learn."""
+"""Variants of axial and mixed: other ways to give each channel pair a direction and a speed,
+nothing learned.
+
+Shapes   H heads, A axes, R channel pairs; directions (A, R) or (H, A, R)
+"""
 
 import math
 
@@ -12,11 +16,12 @@ from .base import Pairs, Rotary, geometric
 
 @register
 def splitaxial(layout: Layout, base: float = 10000.0, pairs: Pairs = "interleaved", fastest: float = 1.0) -> Rotary:
-    """The axes share one spectrum and take turns: of two, rows get its even frequencies, columns the odd ones.
+    """The axes share one spectrum alternately: of two axes, rows get the even frequencies, columns
+    the odd ones.
 
-    Pair j of P turns along axis j mod A at `fastest` * base^(-j/P), in radians per unit, so that no two pairs turn
-    equally fast (Pixtral, arXiv:2410.07073; interleaved M-RoPE, arXiv:2511.21631). Raises ValueError for an odd head
-    dimension or one too small.
+    Pair j of P rotates along axis j mod A at `fastest` * base^(-j/P), in radians per unit, so that
+    no two pairs have the same speed (Pixtral, arXiv:2410.07073; interleaved M-RoPE,
+    arXiv:2511.21631). Raises ValueError for an odd head dimension or one that is too small.
     """
     count = _pairs("splitaxial", layout, base, fastest)
     axis = torch.arange(count, device="cpu") % layout.axes
@@ -27,17 +32,19 @@ def splitaxial(layout: Layout, base: float = 10000.0, pairs: Pairs = "interleave
 def goldengate(
     layout: Layout, base: float = 100.0, pairs: Pairs = "interleaved", fastest: float = 1.0, rounds: int = 64
 ) -> Rotary:
-    """Directions spread evenly over the sphere by a golden-ratio sequence, other ones for each head, none learned.
+    """Directions spread evenly over the sphere by a golden-ratio sequence, different for each head,
+    not learned.
 
-    Pair j of P turns at `fastest` * base^(-j/P), in radians per unit. Its direction is a point of the sequence
-    i (1/g, 1/g^2, …) mod 1, where g^(A + 1) = g + 1, made normal by the inverse of its distribution and then of length
-    1 (J. Xiong, "On N-dimensional rotary positional embeddings", 2025). The published code finds g in 10 `rounds`, to
-    1e-7, which the last directions show in their fourth digit. Raises ValueError for an odd head dimension, one too
-    small, or no round.
+    Pair j of P rotates at `fastest` * base^(-j/P), in radians per unit. Its direction is a point of
+    the sequence i (1/g, 1/g^2, …) mod 1, where g^(A + 1) = g + 1, mapped through the inverse normal
+    distribution and normalised to length 1 (J. Xiong, "On N-dimensional rotary positional
+    embeddings", 2025). The published code computes g in 10 `rounds`, to 1e-7, which shows in the
+    fourth digit of the last directions. Raises ValueError for an odd head dimension, one that is
+    too small, or no rounds.
     """
     count = _pairs("goldengate", layout, base, fastest)
     if rounds < 1:
-        raise ValueError(f"goldengate finds its ratio in 1 round or more, got {rounds}")
+        raise ValueError(f"goldengate needs 1 round or more to compute its ratio, got {rounds}")
     golden = 2.0
     for _ in range(rounds):
         golden = (1 + golden) ** (1 / (layout.axes + 1))
@@ -50,11 +57,13 @@ def goldengate(
 
 @register
 def simplex(layout: Layout, base: float = 100.0, pairs: Pairs = "interleaved", fastest: float = 1.0) -> Rotary:
-    """Each frequency is a lattice of waves towards the A + 1 corners of a regular simplex: on images, 120° apart.
+    """Each frequency is a lattice of waves towards the A + 1 corners of a regular simplex: on
+    images, 120° apart.
 
-    Pair j turns along corner j mod (A + 1) at `fastest` * base^(-i/F) in radians per unit, i = j // (A + 1), with F
-    frequencies in all; the last has fewer waves where A + 1 does not divide the pairs (nD-RoPE, arXiv:2606.12146).
-    Raises ValueError for an odd head dimension or one too small.
+    Pair j rotates along corner j mod (A + 1) at `fastest` * base^(-i/F) in radians per unit, i = j
+    // (A + 1), with F frequencies in total; the last has fewer waves where A + 1 does not divide
+    the pairs (nD-RoPE, arXiv:2606.12146). Raises ValueError for an odd head dimension or one that
+    is too small.
     """
     count, corners = _pairs("simplex", layout, base, fastest), layout.axes + 1
     number = torch.arange(count, device="cpu")
@@ -63,7 +72,9 @@ def simplex(layout: Layout, base: float = 100.0, pairs: Pairs = "interleaved", f
 
 
 def regular_simplex(axes: int) -> Tensor:
-    """Unit vectors (A, A + 1) in float64 to the corners of a regular simplex: any two have the product -1 / A."""
+    """Unit vectors (A, A + 1) in float64 to the corners of a regular simplex: any two have the
+    product -1 / A.
+    """
     corners = torch.zeros(axes, axes + 1, dtype=torch.float64, device="cpu")
     for a in range(axes):  # the first coordinates of a corner are those of all later ones
         corners[a, a] = math.sqrt(1 - corners[:a, a].square().sum())
@@ -77,7 +88,7 @@ def _pairs(name: str, layout: Layout, base: float, fastest: float) -> int:
     if head % 2 or head < 2 * layout.axes:
         even = max(2 * layout.axes, head + head % 2)
         raise ValueError(
-            f"{name} turns pairs of channels on {layout.axes} axes, so head_dim must be even and at least "
+            f"{name} rotates pairs of channels on {layout.axes} axes, so head_dim must be even and at least "
             f"{2 * layout.axes}, got {head}; use {even}"
         )
     if base <= 0 or fastest <= 0:
@@ -86,6 +97,8 @@ def _pairs(name: str, layout: Layout, base: float, fastest: float) -> int:
 
 
 def _rotary(directions: Tensor, base: float, pairs: Pairs, fastest: float) -> Rotary:
-    """A Rotary along directions (A, R) or (H, A, R) with speeds that fall geometrically from pair to pair."""
+    """A Rotary along directions (A, R) or (H, A, R) with speeds that fall geometrically from pair
+    to pair.
+    """
     freqs = fastest * directions * geometric(directions.shape[-1], base)
     return Rotary(freqs.view(1, -1, *freqs.shape[-2:]), pairs)

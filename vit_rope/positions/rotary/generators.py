@@ -1,17 +1,22 @@
-"""Rotary positions as matrix exponentials, R(p) = exp(sum_a p_a B_a): how they were derived, and what else they allow.
+"""Rotary positions as matrix exponentials, R(p) = exp(sum_a p_a B_a): their derivation, and what
+else they allow.
 
-Su (https://kexue.fm/archives/8397) asks for R(p)ᵀ R(q) = R(q - p) and for p to be recoverable from R(p). Rotations are
-exponentials of skew-symmetric B, and the first demand holds if and only if the B_a of all axes commute. Then
+Su (https://kexue.fm/archives/8397) asks for R(p)ᵀ R(q) = R(q - p) and for p to be recoverable from
+R(p). Rotations are exponentials of skew-symmetric B, and the first condition holds if and only if
+the B_a of all axes commute. Then
 
-    2 x 2    every skew-symmetric matrix is a multiple of one: x and y would turn by a x + b y, one number for two;
-    3 x 3    each is a cross product with a vector, u and v commute only if u × v = 0: again one axis, one number;
-    4 x 4    two planes turn freely, one by x and one by y: the simplest solution, and axial RoPE is many of it.
+    2 x 2    every skew-symmetric matrix is a multiple of one: x and y would rotate by a x + b y,
+             one number for two;
+    3 x 3    each is a cross product with a vector; u and v commute only if u × v = 0: one axis;
+    4 x 4    two planes rotate independently, one by x and one by y: the simplest solution, of which
+             axial RoPE is many copies.
 
-In D channels at most D // 2 independent matrices commute, so A axes need D >= 2 A. Commuting ones share an orthogonal
-basis of planes, in which each is a list of D / 2 frequencies; what multiplies both queries and keys can be part of
-their projections, so every solution is a `Rotary` behind other weights: `diagonalize` finds it, `string` learns the basis.
+In D channels at most D // 2 independent matrices commute, so A axes need D >= 2 A. Commuting
+matrices share an orthogonal basis of planes, in which each is a list of D / 2 frequencies. What
+multiplies both queries and keys can be part of their projections, so every solution is a `Rotary`
+with other weights: `diagonalize` finds it, `string` learns the basis.
 
-Shapes   L layers and H heads, A axes, S blocks of b channels each on the diagonal, S · b = D
+Shapes   L layers and H heads, A axes, S diagonal blocks of b channels each, S · b = D
 """
 
 from collections.abc import Sequence
@@ -20,14 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Layout, Position
-from ..encoding import Encoding, Transform
+from ..encoding import Encoding
 from ..specs import register
+from ..transform import Transform
 from .axial import axial
 from .base import Pairs, Rotary, geometric
 
 
 def simplest(size: int, axes: int = 2) -> Tensor:
-    """Generators (A, size, size) of the simplest solution: axis a turns channels 2a and 2a + 1, at 1 radian per unit.
+    """Generators (A, size, size) of the simplest solution: axis a rotates channels 2a and 2a + 1,
+    at 1 radian per unit.
 
     Raises ValueError where there is no solution.
     """
@@ -43,7 +50,9 @@ def simplest(size: int, axes: int = 2) -> Tensor:
 
 
 def skew(entries: Tensor, size: int) -> Tensor:
-    """Skew-symmetric matrices (…, size, size) from what is below their diagonals (…, size · (size - 1) / 2)."""
+    """Skew-symmetric matrices (…, size, size) from the entries below their diagonals (…, size ·
+    (size - 1) / 2).
+    """
     row, column = torch.tril_indices(size, size, -1, device=entries.device)
     lower = entries.new_zeros(*entries.shape[:-1], size, size)
     lower[..., row, column] = entries
@@ -57,10 +66,11 @@ def cayley(generator: Tensor) -> Tensor:
 
 
 def diagonalize(generators: Tensor) -> tuple[Tensor, Tensor]:
-    """Frequencies (A, D / 2) and an orthogonal basis (D, D) in which commuting generators (A, D, D) are just these.
+    """Frequencies (A, D / 2) of commuting generators (A, D, D), and the orthogonal basis (D, D)
+    that reduces them.
 
-    exp(sum_a p_a B_a) = U R U^T, where R turns channels 2j and 2j + 1 by sum_a p_a freqs[a, j]. Raises ValueError
-    where they are not skew-symmetric or do not commute, in float64.
+    exp(sum_a p_a B_a) = U R U^T, where R rotates channels 2j and 2j + 1 by sum_a p_a freqs[a, j].
+    Computed in float64. Raises ValueError where they are not skew-symmetric or do not commute.
     """
     b = generators.detach().double()
     scale = b.abs().max().clamp(min=1e-30)
@@ -72,7 +82,9 @@ def diagonalize(generators: Tensor) -> tuple[Tensor, Tensor]:
             f"generators do not commute: entries of B_a B_b - B_b B_a reach {commutators.abs().max():.2g}, "
             f"so no basis is common to them and logits depend on more than displacements"
         )
-    mixture = torch.randn(len(b), generator=torch.Generator().manual_seed(0), dtype=b.dtype)  # splits common spaces
+    mixture = torch.randn(
+        len(b), generator=torch.Generator().manual_seed(0), dtype=b.dtype
+    )  # separates shared eigenspaces
     values, vectors = torch.linalg.eigh(1j * (mixture[:, None, None] * b).sum(dim=0))
     rotating = vectors[:, values > 1e-9 * scale]
     planes = 2**0.5 * torch.stack((rotating.real, rotating.imag), dim=-1).flatten(1)
@@ -83,9 +95,11 @@ def diagonalize(generators: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exponential(generators: Tensor, coords: Tensor) -> Tensor:
-    """R(p) = exp(sum_a p_a B_a) (L, B, N, H, S, b, b) of generators (L, H, A, S, b, b) at (N, A) or (B, N, A)."""
-    places = coords.reshape(1, -1, coords.shape[-2], 1, coords.shape[-1], 1, 1, 1)
-    return torch.linalg.matrix_exp((places * generators.to(coords.device, coords.dtype)[:, None, None]).sum(dim=4))
+    """R(p) = exp(sum_a p_a B_a) (L, B, N, H, S, b, b) of generators (L, H, A, S, b, b) at (N, A) or
+    (B, N, A).
+    """
+    coords = coords.reshape(1, -1, coords.shape[-2], 1, coords.shape[-1], 1, 1, 1)
+    return torch.linalg.matrix_exp((coords * generators.to(coords.device, coords.dtype)[:, None, None]).sum(dim=4))
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:
@@ -95,13 +109,15 @@ def block_diagonal(blocks: Tensor) -> Tensor:
 
 
 class Exponential(Position):
-    """Queries and keys turned by R(p) = exp(sum_a p_a B_a) as it is written, matrices for each token and head.
+    """Queries and keys multiplied by R(p) = exp(sum_a p_a B_a) as written, with matrices for each
+    token and head.
 
-    For study: where the generators commute, `Rotary` in a basis of its own is the same for the price of a table. Here a
-    token costs b numbers a channel in blocks of b channels, for each layer and head that learns its own, and a matrix
-    exponential: in blocks of 8, with 64 channels, 12 layers and 6 heads, 28 MB on 14 x 14 tokens and 144 MB on 32 x 32.
-    Subclasses give generators (L, H, A, S, b, b) for coordinates on that device and in that precision, L and H being 1
-    where layers and heads share, or R(p) itself; of blocks that reach beyond the head, what lies in it is taken.
+    For study: where the generators commute, `Rotary` in another basis is the same for the cost of a
+    table. Here a token takes b numbers per channel in blocks of b channels, for each layer and head
+    with its own generators, and a matrix exponential: in blocks of 8, with 64 channels, 12 layers
+    and 6 heads, 28 MB for 14 x 14 tokens and 144 MB for 32 x 32. Subclasses give generators (L, H,
+    A, S, b, b) on the device and in the precision of the coordinates, with L and H 1 where layers
+    and heads share, or R(p) itself. Blocks that extend beyond the head are cut off.
     """
 
     reversible = True
@@ -111,6 +127,7 @@ class Exponential(Position):
         self.size = layout.head_dim
 
     def generators(self, coords: Tensor) -> Tensor:
+        """The generators (L, H, A, S, b, b)."""
         raise NotImplementedError(f"{type(self).__name__} needs generators()")
 
     def rotations(self, coords: Tensor) -> Tensor:
@@ -118,24 +135,26 @@ class Exponential(Position):
         return exponential(self.generators(coords), coords)
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
-        k = None if key_coords is None else self._side(key_coords)
-        return Encoding(self._side(coords), k)
+        k = None if key_coords is None else self._matrices(key_coords)
+        return Encoding(self._matrices(coords), k)
 
-    def _side(self, coords: Tensor) -> Transform:
+    def _matrices(self, coords: Tensor) -> Transform:
         blocks = self.rotations(coords)
         if blocks.shape[-3] * blocks.shape[-1] > self.size:
             blocks = block_diagonal(blocks)[..., : self.size, : self.size]
-        return Transform(basis=list(blocks.mT.unbind(0)))  # a side multiplies rows of channels
+        return Transform(basis=list(blocks.mT.unbind(0)))  # transposed, because channels are rows
 
 
 @register
 class Commuting(Exponential):
-    """Learned generators that commute because they are odd powers of one: B_a = sum_k c_ak S^(2k + 1), S^T = -S.
+    """Learned generators that commute because they are odd powers of one: B_a = sum_k c_ak S^(2k +
+    1), S^T = -S.
 
-    In blocks of b channels, odd powers of one skew-symmetric S with distinct frequencies span all that commutes with
-    it, so this is every relative rotary scheme of such blocks (arXiv:2504.06308), for each layer and head. S begins
-    random, of norm 1; coefficients begin normal, times base^(-s/S) in block s, in radians per unit. Raises ValueError
-    for a block that is odd, or does not divide the head dimension.
+    In blocks of b channels, the odd powers of one skew-symmetric S with distinct frequencies span
+    everything that commutes with it, so this is every relative rotary scheme of such blocks
+    (arXiv:2504.06308), for each layer and head. S is initialised at random with norm 1;
+    coefficients from a normal distribution, times base^(-s/S) in block s, in radians per unit.
+    Raises ValueError for a block that is odd or does not divide the head dimension.
     """
 
     def __init__(self, layout: Layout, block: int = 4, base: float = 10.0) -> None:
@@ -168,20 +187,24 @@ class Commuting(Exponential):
         return (self.powers[..., None, None] * torch.stack(odd, dim=-3)[:, :, None]).sum(dim=-3)
 
     def folded(self) -> tuple[Tensor, Rotary]:
-        """The basis (L, H, D, D) of the generators' planes, and the same positions in it: a `mixed` scheme."""
+        """The basis (L, H, D, D) of the generators' planes, and the same scheme in that basis: a
+        `mixed` one.
+        """
         generators = block_diagonal(self.generators(torch.zeros(1, dtype=torch.float64)).detach().double())
-        found = [[diagonalize(head) for head in layer] for layer in generators]
-        freqs, basis = (torch.stack([torch.stack([head[i] for head in layer]) for layer in found]) for i in (0, 1))
+        reduced = [[diagonalize(head) for head in layer] for layer in generators]
+        freqs, basis = (torch.stack([torch.stack([head[i] for head in layer]) for layer in reduced]) for i in (0, 1))
         return basis, Rotary(freqs, learned=True)
 
 
 @register
 class LieRE(Exponential):
-    """A learned generator of its own for each axis, which do not commute: a control, not relative (arXiv:2406.10322).
+    """One learned generator per axis, which do not commute: a control that is not relative
+    (arXiv:2406.10322).
 
-    In blocks of b channels, for each layer and head; entries begin uniform in [0, 2 pi) radians per length of the
-    longest side of the training grid. Relative on one axis, and for block=2, where matrices commute. Raises ValueError
-    for a block that does not divide the head dimension.
+    In blocks of b channels, for each layer and head. Entries are initialised uniformly in [0, 2 pi)
+    radians per length of the longest side of the training grid. Relative on one axis, and for
+    block=2, where matrices commute. Raises ValueError for a block that does not divide the head
+    dimension.
     """
 
     def __init__(self, layout: Layout, block: int = 8) -> None:
@@ -203,10 +226,12 @@ class LieRE(Exponential):
 
 @register
 class String(Rotary):
-    """Axial RoPE in a basis that each head learns: U = (I - S)(I + S)^-1 of a skew-symmetric S, arXiv:2502.02562.
+    """Axial RoPE in a basis that each head learns: U = (I - S)(I + S)^-1 of a skew-symmetric S,
+    arXiv:2502.02562.
 
-    Queries and keys are multiplied by U (D, D), then turned (Cayley-STRING). S begins normal with deviation `std`. The
-    basis can become part of the projections once it is learned: `vit_rope.convert.fold` does so. Raises ValueError as `axial`.
+    Queries and keys are multiplied by U (D, D), then rotated (Cayley-STRING). S is initialised from
+    a normal distribution with standard deviation `std`. A learned basis can become part of the
+    projections: `vit_rope.convert.fold` does that. Raises ValueError as `axial` does.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0, std: float = 0.02, pairs: Pairs = "interleaved") -> None:
@@ -225,9 +250,10 @@ class String(Rotary):
         return cayley(skew(self.entries, self.size))
 
     def folded(self) -> tuple[Tensor, Rotary]:
-        """The basis (L, H, D, D), and the same positions in it: an `axial` scheme."""
-        exact = cayley(skew(self.entries.detach().double(), self.size))
-        return exact, Rotary(self.initial, self.pairs)
+        """The basis (L, H, D, D), and the same scheme in that basis: an `axial` one."""
+        folded = Rotary(self.initial, self.pairs)
+        folded.changes = list(self.changes)
+        return cayley(skew(self.entries.detach().double(), self.size)), folded
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         encoding = super().encode(coords, key_coords, grid)

@@ -1,4 +1,9 @@
-"""Rotary positions that act on more than the angle of queries and keys: on values too, on moduli, with a decay."""
+"""Rotary schemes that change more than the angle of queries and keys: values too, moduli only, or
+with a decay.
+
+Shapes   B samples, N tokens, L layers and H heads (1 if shared), A axes, R channel pairs;
+         coordinates (N, A) or (B, N, A)
+"""
 
 from collections.abc import Sequence
 
@@ -7,18 +12,21 @@ from torch import Tensor, nn
 
 from ...ops.tables import angles
 from ..base import Layout
-from ..encoding import Encoding, Transform
+from ..encoding import Encoding
 from ..specs import register
+from ..transform import Transform
 from .axial import axial
 from .base import Pairs, Rotary, rotation_of
 
 
 @register
 class ValueRoPE(Rotary):
-    """Axial RoPE that turns the values too, and turns each output back by its own place: o_i = sum_j a_ij R(j - i) v_j.
+    """Axial RoPE that also rotates values, and rotates each output back: o_i = sum_j a_ij R(j - i)
+    v_j.
 
-    Content is then carried in the frame of the token that reads it (GTA, arXiv:2310.10375). With undo=False outputs
-    stay turned, as in RoFormer's code (arXiv:2104.09864): they then tell where they are, so this is not relative.
+    Content is then carried in the frame of the token that reads it (GTA, arXiv:2310.10375). With
+    undo=False outputs stay rotated, as in RoFormer's code (arXiv:2104.09864): they then reveal
+    their position, so the scheme is not relative.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0, undo: bool = True, pairs: Pairs = "interleaved") -> None:
@@ -27,16 +35,18 @@ class ValueRoPE(Rotary):
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         encoding = super().encode(coords, key_coords, grid)
-        back = rotation_of(-self.frequencies(coords, grid), coords, grid) if self.undo else Transform()
-        return encoding._replace(v=encoding.q if encoding.k is None else encoding.k, out=back)
+        inverse = rotation_of(-self.frequencies(coords, grid), coords, grid) if self.undo else Transform()
+        return encoding._replace(v=encoding.transform("k"), out=inverse)
 
 
 @register
 class PoPE(Rotary):
-    """Polar positions: content gives each channel a modulus alone, place a phase alone (arXiv:2509.10534).
+    """Polar positions: content gives each channel only a modulus, position only a phase
+    (arXiv:2509.10534).
 
-    The score is sum_c softplus(q_c) softplus(k_c) cos(theta_c · (p_k - p_q) + delta_c) / sqrt(D), with a frequency for
-    each of the D channels of a head, dealt out as by `axial`, and delta learned for each layer and head, from 0 on.
+    The score is sum_c softplus(q_c) softplus(k_c) cos(theta_c · (p_k - p_q) + delta_c) / sqrt(D),
+    with a frequency for each of the D channels of a head, shared out as in `axial`, and a phase
+    delta that each layer and head learns, starting at 0.
     """
 
     def __init__(self, layout: Layout, base: float = 100.0) -> None:
@@ -49,19 +59,21 @@ class PoPE(Rotary):
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         encoding = super().encode(coords, key_coords, grid)
-        theta = angles(self.frequencies(coords), coords if key_coords is None else key_coords)
+        theta = angles(self.frequencies(coords, grid), coords if key_coords is None else key_coords)
         theta = theta + self.delta.to(theta.dtype)
         keys = torch.stack((theta.cos(), theta.sin()), dim=-1)
-        return encoding._replace(k=Transform(turn=list(keys.unbind(0))), polar=True)
+        return encoding._replace(k=Transform(rotation=list(keys.unbind(0))), polar=True)
 
 
 @register
 class XPos(Rotary):
-    """RoPE with a decay on one axis: queries are multiplied by zeta^(p / scale), keys by zeta^(-p / scale).
+    """RoPE with a decay on one axis: queries are multiplied by zeta^(p / scale), keys by zeta^(-p /
+    scale).
 
-    Of pair j of P, zeta = (j/P + gamma) / (1 + gamma), so that logits decay as zeta^((p_q - p_k) / scale), as meant for
-    keys before their query (arXiv:2212.10554), and grow for keys after it. Raises ValueError on more axes: a decay in
-    both directions is no product of what each place gives, so rotations of the plane have none.
+    For pair j of P, zeta = (j/P + gamma) / (1 + gamma). Logits decay as zeta^((p_q - p_k) / scale)
+    for keys before their query, as intended (arXiv:2212.10554), and grow for keys after it. Raises
+    ValueError on more axes: a decay in all directions is not a product of one factor per token, so
+    rotations of the plane have none.
     """
 
     def __init__(self, layout: Layout, base: float = 10000.0, scale: float = 512.0, gamma: float = 0.4) -> None:
@@ -79,11 +91,11 @@ class XPos(Rotary):
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         encoding = super().encode(coords, key_coords, grid)
-        keys = encoding.q if encoding.k is None else encoding.k
-        where = coords if key_coords is None else key_coords
-        return encoding._replace(q=self._decay(encoding.q, coords, 1), k=self._decay(keys, where, -1))
+        q = self._decayed(encoding.q, coords, 1)
+        k = self._decayed(encoding.transform("k"), coords if key_coords is None else key_coords, -1)
+        return encoding._replace(q=q, k=k)
 
-    def _decay(self, side: Transform, coords: Tensor, sign: int) -> Transform:
-        """Turns (B, N, 1, R, 2) of another length than 1."""
+    def _decayed(self, transform: Transform, coords: Tensor, sign: int) -> Transform:
+        """Tables (B, N, 1, R, 2) multiplied by the decay at coordinates."""
         power = sign * coords.reshape(-1, *coords.shape[-2:])[..., None] * self.log_zeta.to(coords.device, coords.dtype)
-        return Transform(turn=[turn * power.exp()[..., None] for turn in side.turn or ()])
+        return Transform(rotation=[table * power.exp()[..., None] for table in transform.tables()])

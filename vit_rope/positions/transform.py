@@ -1,0 +1,135 @@
+"""What happens to the channels of queries, keys, values or outputs of one attention call.
+
+Tables that differ between layers are lists with one entry per layer, and lists of one entry where
+layers share a table.
+
+Shapes   B samples and H heads (1 if shared), N tokens, D channels of a head, R channel pairs,
+         E appended channels
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..ops.tables import cos_sin
+
+T = TypeVar("T")
+
+
+class DeferredRotation(NamedTuple):
+    """The inputs of a cos-sin table that attention makes itself, where tables for all layers at
+    once would be too large.
+
+    freqs (1, H, A, R), coords (N, A) or (B, N, A), and the grid whose cells they are, if any.
+    """
+
+    freqs: Tensor
+    coords: Tensor
+    grid: list[int] | None
+
+
+class Transform(NamedTuple):
+    """What happens to the channels of queries, keys, values or outputs, in this order.
+
+    `basis`: matrices (B, N, H, D, E) that multiply the channels, or their diagonal blocks
+    (B, N, H, S, b, c), or (H, D, E) where all tokens share one, also those without a position.
+    `rotation`: cosines and sines (B, N, H, R, 2) in float32 that rotate R channel pairs, or
+    `deferred`, the inputs to make them from. `extra`: channels (B, H, N, E) to append, whose
+    products join the scaled logits.
+    """
+
+    basis: list[Tensor] | None = None
+    rotation: list[Tensor] | None = None
+    deferred: list[DeferredRotation] | None = None
+    extra: list[Tensor] | None = None
+
+    def rotates(self) -> bool:
+        """Whether channel pairs rotate."""
+        return len(self.rotation or self.deferred or ()) > 0  # dynamo of torch 2.9 has no bool() of a list
+
+    def tables(self) -> list[Tensor]:
+        """The cosines and sines (B, N, H, R, 2) of each layer, empty without a rotation."""
+        return self.rotation or [cos_sin(*inputs)[0] for inputs in self.deferred or ()]
+
+    def table(self, layer: int) -> Tensor | None:
+        """The cosines and sines (B, N, H, R, 2) of one layer, made now if they were deferred; None
+        without a rotation.
+        """
+        if self.deferred:
+            return cos_sin(*entry(self.deferred, layer))[0]
+        return entry(self.rotation, layer) if self.rotation else None
+
+    def combined(self, other: "Transform") -> "Transform":
+        """Both transforms: rotations compose, appended channels are concatenated."""
+        if self.rotates() and other.rotates():
+            rotation, deferred = per_layer(_compose, self.tables(), other.tables()), None
+        else:
+            rotation, deferred = self.rotation or other.rotation, self.deferred or other.deferred
+        extra = per_layer(_concatenate, self.extra, other.extra)
+        return Transform(self.basis or other.basis, rotation, deferred, extra)
+
+    def conflicts(self, other: "Transform") -> bool:
+        """Whether the other transform would have to act in the basis that this one changes to."""
+        return len(self.basis or ()) > 0 and (len(other.basis or ()) > 0 or other.rotates())
+
+    def summary(self) -> str:
+        """What happens to the channels, in a few words."""
+        parts = ["a change of basis"] if self.basis else []
+        parts += [f"rotation of {self.tables()[0].shape[-2]} pairs"] if self.rotation else []
+        parts += [f"rotation of {self.deferred[0].freqs.shape[-1]} pairs"] if self.deferred else []
+        parts += [f"{self.extra[0].shape[-1]} extra channels"] if self.extra else []
+        return ", ".join(parts)
+
+
+def entry(tables: Sequence[T], layer: int) -> T:
+    """The entry of one layer in a list with one per layer, or one for all."""
+    return tables[layer % len(tables)]
+
+
+def per_layer(function: Callable[[T, T], T], a: list[T] | None, b: list[T] | None) -> list[T] | None:
+    """The function of both lists' entries, layer by layer, or the entries of one list where the
+    other has none.
+    """
+    if not a or not b:
+        return a or b
+    return [function(entry(a, i), entry(b, i)) for i in range(max(len(a), len(b)))]
+
+
+def _concatenate(a: Tensor, b: Tensor) -> Tensor:
+    shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    return torch.cat((a.expand(*shape, -1), b.expand(*shape, -1)), dim=-1)
+
+
+def _compose(a: Tensor, b: Tensor) -> Tensor:
+    """One rotation after another: rotations of a pair commute, and their angles add."""
+    if a.shape[-2] != b.shape[-2]:
+        raise ValueError(f"rotations of {a.shape[-2]} and of {b.shape[-2]} pairs cannot be summed")
+    (ca, sa), (cb, sb) = a.unbind(-1), b.unbind(-1)
+    return torch.stack((ca * cb - sa * sb, sa * cb + ca * sb), dim=-1)
+
+
+def change_basis(x: Tensor, basis: Tensor, prefix: int, what: str) -> Tensor:
+    """x (B, H, N, D) times matrices: one for all tokens, or one per token behind the prefix."""
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    basis = basis.to(precise)
+    if basis.ndim == 3:
+        return (x.to(precise) @ basis).to(x.dtype)
+    check_tokens(prefix + basis.shape[1], x.shape[2], what)
+    patches = x[:, :, prefix:].to(precise)
+    if basis.ndim == 5:
+        patches = torch.einsum("bhnd,bnhde->bhne", patches, basis)
+    else:
+        blocks = patches.unflatten(-1, (basis.shape[3], -1))
+        patches = torch.einsum("bhnsd,bnhsde->bhnse", blocks, basis).flatten(-2)
+    return torch.cat((x[:, :, :prefix], patches.to(x.dtype)), dim=2)
+
+
+def check_tokens(encoded: int, tokens: int, what: str) -> None:
+    """Raise ValueError unless an encoding is for as many tokens as there are."""
+    if encoded != tokens:
+        raise ValueError(
+            f"the encoding places {encoded} tokens, but there are {tokens} {what}; "
+            f"give position(coords, prefix=…) the number of tokens that have no position"
+        )
