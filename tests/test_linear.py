@@ -24,8 +24,10 @@ def feature(t):
     return t + 1 if t > 0 else math.exp(t)  # elu + 1
 
 
-def loop(q, k, v, points, seen=None, turned_below=False):
-    """Equation 19 of RoFormer for one head, a query and a key at a time; points None are tokens without a place."""
+def loop(q, k, v, points, seen=None, rotate_denominator=False):
+    """Equation 19 of RoFormer for one head, a query and a key at a time; None is a token without a
+    position.
+    """
     seen = range(len(k)) if seen is None else seen
     q, k = ([torch.tensor([feature(float(c)) for c in row], dtype=torch.float64) for row in x] for x in (q, k))
     cos_sin = [torch.eye(8, dtype=torch.float64) if p is None else oracles.rotation_matrix(p, FREQS) for p in points]
@@ -33,8 +35,11 @@ def loop(q, k, v, points, seen=None, turned_below=False):
     for i in range(len(q)):
         above, below = 0, 0
         for j in seen:
-            turned = float((cos_sin[i] @ q[i]) @ (cos_sin[j] @ k[j]))
-            above, below = above + turned * v[j].double(), below + (turned if turned_below else float(q[i] @ k[j]))
+            rotated = float((cos_sin[i] @ q[i]) @ (cos_sin[j] @ k[j]))
+            above, below = (
+                above + rotated * v[j].double(),
+                below + (rotated if rotate_denominator else float(q[i] @ k[j])),
+            )
         out.append(above / below)
     return torch.stack(out)
 
@@ -61,8 +66,8 @@ def test_linear_attention_is_the_loop(seen):
         for h in range(2):
             want = loop(q[b, h], k[b, h], v[b, h], POINTS, seen)
             torch.testing.assert_close(out[b, h], want, rtol=0, atol=1e-6)
-            other = loop(q[b, h], k[b, h], v[b, h], POINTS, seen, turned_below=True)
-            assert (out[b, h] - other).abs().max() > 1e-3
+            wrong = loop(q[b, h], k[b, h], v[b, h], POINTS, seen, rotate_denominator=True)
+            assert (out[b, h] - wrong).abs().max() > 1e-3
 
 
 def test_weights_sum_to_one_without_positions_and_to_less_with_them():
@@ -74,7 +79,7 @@ def test_weights_sum_to_one_without_positions_and_to_less_with_them():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_many_keys_stay_in_the_range_of_16_bits(dtype):
+def test_many_keys_do_not_overflow_16_bits(dtype):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 4096, 32).unbind(0)
     want = attend_linear(q, k + 3, v, Encoding())
@@ -102,17 +107,17 @@ def test_the_vit_attends_linearly_in_every_layer():
     block = net.blocks[1]
     block.attn.register_forward_hook(lambda module, args, out: seen.append((*args, out)))
     out = net(x)
-    tokens, placed, *_, got = seen[0]
+    tokens, encoding, *_, got = seen[0]
     heads = block.attn.qkv(tokens).view(2, 10, 3, 2, 8).permute(2, 0, 3, 1, 4)
     q, k, v = block.attn.q_norm(heads[0]), block.attn.k_norm(heads[1]), heads[2]
-    want = attend_linear(q, k, v, placed, 1).transpose(1, 2).flatten(2)
+    want = attend_linear(q, k, v, encoding, 1).transpose(1, 2).flatten(2)
     torch.testing.assert_close(got, block.attn.proj(want))
     softmax = vit(qk_norm=True)
     softmax.load_state_dict(net.state_dict())
     assert (softmax(x) - out).abs().max() > 1e-4
 
 
-def test_compilers_and_tracers_take_the_linear_vit_as_it_is():
+def test_compilers_and_tracers_support_the_linear_vit():
     net, x = vit(attention="linear"), torch.randn(2, 3, 12, 12)
     torch.testing.assert_close(create_feature_extractor(net, ["head"])(x)["head"], net(x))
     torch._dynamo.reset()
@@ -122,7 +127,7 @@ def test_compilers_and_tracers_take_the_linear_vit_as_it_is():
         torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-5)
 
 
-def test_the_vit_hides_keys_and_nothing_else():
+def test_the_vit_supports_masks_of_keys_only():
     net, x = vit(attention="linear"), torch.randn(2, 3, 12, 12)
     hidden = torch.arange(10) < 7
     changed = x.clone()
@@ -140,7 +145,7 @@ UNET = {
 
 
 @torch.no_grad()
-def test_the_unet_attends_linearly_and_its_folder_remembers(tmp_path):
+def test_the_unet_attends_linearly_also_after_loading(tmp_path):
     torch.manual_seed(0)
     net = RopeUNet2DModel(**UNET, attention_head_dim=8, position="axial", attention="linear").eval()
     x, seen = torch.randn(2, 3, 8, 8), []
@@ -166,10 +171,10 @@ def dit(**options):
 
 
 @torch.no_grad()
-def test_the_transformer_denoiser_attends_linearly_and_its_folder_remembers(tmp_path):
+def test_the_dit_attends_linearly_also_after_loading(tmp_path):
     net, x, seen = dit(attention="linear"), torch.randn(1, 1, 4, 6), []
     for parameter in net.parameters():
-        parameter.normal_(std=0.3)  # it begins as zeros
+        parameter.normal_(std=0.3)  # untrained models predict zeros
     attention = net.blocks[1].attn
     attention.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
     out = net(x, 3).sample
@@ -187,7 +192,7 @@ def test_the_transformer_denoiser_attends_linearly_and_its_folder_remembers(tmp_
 
 
 @torch.no_grad()
-def test_linear_attention_comes_and_goes_in_place():
+def test_linear_attention_is_added_and_removed_in_place():
     torch.manual_seed(0)
     net, x = UNet2DModel(**UNET, attention_head_dim=8).eval(), torch.randn(1, 3, 8, 8)
     stock = net(x, 3).sample
@@ -220,7 +225,7 @@ def test_refusals(call, message):
     ("spec", "what"),
     [("alibi", "logits"), ('alibi(distance="quadratic")', "logits"), ("shaw", "logits"), ("pope", "features")],
 )
-def test_a_scheme_that_linear_attention_cannot_have_is_refused_before_any_weight_is_made(spec, what):
+def test_an_incompatible_scheme_is_refused_before_any_weight_is_created(spec, what):
     net = UNet2DModel(**UNET, attention_head_dim=8)
     for make in (
         lambda: vit(spec, attention="linear"),

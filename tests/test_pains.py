@@ -347,7 +347,7 @@ def test_pain_35_a_larger_grid_after_loading(tmp_path):  # RandAR #2, CineScale 
 def test_pain_36_the_unit_of_coordinates_is_explicit():  # vggt-omega #35, dinov3
     net = timm.create_model(NAME, position="dinov3", position_unit="centered")
     assert "periods" in repr(net.position)
-    assert net.locate(images((64, 64)))[0].abs().max() == 0.75
+    assert net.patch_coords(images((64, 64)))[0].abs().max() == 0.75
     with pytest.raises(ValueError, match="unknown unit 'pixels'; expected one of index, centered"):
         timm.create_model(NAME, position_unit="pixels")
 

@@ -1,4 +1,5 @@
-"""Models of timm, converted: the same logits, with every parameter random, before and after a trip through a file."""
+"""Converted models of timm have the same logits, also after saving and loading; every parameter is
+random."""
 
 import re
 
@@ -77,12 +78,12 @@ VITS = {
 }
 
 
-def test_multimodal_rotations_are_dealt_out():
+def test_multimodal_rotations_convert():
     patch = {"img_size": (84, 126), "rope_type": "mrope", "rope_temperature": 500.0, "depth": 2, "num_classes": 7}
     theirs, x = randomised(timm.create_model("eva02_tiny_patch14_224", **patch)), images((84, 126))
     assert difference(from_timm(theirs)(x).detach(), theirs(x).detach()) < 1e-5
     theirs = timm.create_model("eva02_tiny_patch14_224", **patch | {"rope_mrope_section": (20, 6, 6)})
-    with pytest.raises(ValueError, match="sections leave pairs over"):
+    with pytest.raises(ValueError, match="sections do not cover all pairs"):
         from_timm(theirs)
 
 
@@ -95,10 +96,10 @@ def test_norms_before_pooling_and_after_it_convert():
     assert ours(x).shape == (2, 3)
 
 
-def test_what_training_does_converts_too():
+def test_options_of_training_convert():
     options = {"rope_jitter_coords": 1.5, "drop_path_rate": 0.2, "patch_drop_rate": 0.3, "proj_drop_rate": 0.1}
     ours = from_timm(timm.create_model("vit_base_patch16_sapiens2", depth=2, num_kv_heads=12, **options))
-    assert ours.locate.augment == (0.0, 1.5, 2.0)
+    assert ours.patch_coords.augment == (0.0, 1.5, 2.0)
     assert ours.patch_drop.prob == 0.3
     assert ours.blocks[1].drop_path1.drop_prob == pytest.approx(0.2)
     assert ours.blocks[0].attn.proj_drop.p == ours.blocks[0].mlp.drop1.p == 0.1
@@ -123,7 +124,7 @@ def test_a_vit_without_new_positions_is_bit_identical(name, tmp_path):
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"]
 )
-def test_a_learned_table_stays_goes_or_fades(name):
+def test_a_learned_table_is_kept_dropped_or_gated(name):
     theirs, x = small_vit(name)
     kept, dropped, gated = (ropeify(theirs, "axial", ape=ape) for ape in ("keep", "drop", "gate"))
     torch.testing.assert_close(gated(x), kept(x), rtol=1e-5, atol=1e-5)
@@ -155,18 +156,18 @@ def test_a_converted_vit_learns_new_positions():
         (from_timm, "eva02_tiny_patch14_224", {"use_post_norm": True}, ValueError, "blocks of type EvaBlockPostNorm"),
         (ropeify, "resnet18", {}, TypeError, "ropeify gives positions to timm's VisionTransformer, got ResNet"),
         (ropeify, "vit_rope_test_patch16_64", {}, TypeError, "the model is a RopeViT already"),
-        (ropeify, "vit_tiny_r_s16_p8_224", {"depth": 1}, ValueError, "cannot take over patches by HybridEmbed"),
-        (ropeify, "deit_tiny_distilled_patch16_224", {"depth": 1}, ValueError, "cannot take over a distillation token"),
+        (ropeify, "vit_tiny_r_s16_p8_224", {"depth": 1}, ValueError, "does not support patches by HybridEmbed"),
+        (ropeify, "deit_tiny_distilled_patch16_224", {"depth": 1}, ValueError, "does not support a distillation token"),
         (ropeify, "vit_base_patch16_rpn_224", {"depth": 1}, ValueError, "blocks of type ResPostBlock"),
     ],
 )
-def test_what_cannot_be_converted_is_named(convert, name, options, error, message):
+def test_the_error_names_what_cannot_be_converted(convert, name, options, error, message):
     model = timm.create_model(name, **options)
     with pytest.raises(error, match=re.escape(message)):
         convert(model, "axial") if convert is ropeify else convert(model)
 
 
-def test_options_of_ropeify_that_cannot_be():
+def test_invalid_options_of_ropeify():
     theirs, _ = small_vit("vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="did you mean axial"):
         ropeify(theirs, "axail")

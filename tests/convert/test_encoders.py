@@ -1,4 +1,5 @@
-"""timm's encoders of language models: the same function as a RopeViT, or a refusal that names what is in the way."""
+"""timm's encoders of language models convert to a RopeViT with the same function, or the error
+names the reason."""
 
 import re
 
@@ -17,13 +18,13 @@ REFUSED = {
     "_align": "a projector that merges patches (DeepseekVitAligner); create the model with encoder_pool=''",
     "qwen3_vit_enc": "a projector that merges patches (Qwen3VitPatchMerger); create the model with global_pool='avg'",
     "deepseek_vit_enc": "a projector that merges patches (DeepseekVitAligner); create the model with global_pool='avg'",
-    "gemma4_vit": "blocks of type Gemma4Block, which norm values and the outputs of attention and MLP; for its "
-    'rotations give a model of your own position="xy(axial(base=100, pairs=\\"axis\\"))"',
+    "gemma4_vit": "blocks of type Gemma4Block, which normalize values and the outputs of attention and MLP; for its "
+    'rotations create a model with position="xy(axial(base=100, pairs=\\"axis\\"))"',
 }
 
 
 def small(name, **options):
-    """A model of this name with all of its settings but size, on a grid of 6 x 9 patches."""
+    """A small model with the other settings of this name, on a grid of 6 x 9 patches."""
     patch = 14 if "deepseek" in name else 16
     shrink = SMALL if "gemma" not in name else SMALL | {"head_dim": 32}
     size = {} if "gemma" in name else {"img_size": (6 * patch, 9 * patch)}
@@ -61,13 +62,13 @@ def test_there_are_sixteen_names():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_name_is_carried_or_refused(name, tmp_path):
+def test_each_name_converts_or_is_refused(name, tmp_path):
     theirs, x = small(name)
     refused = kind(name)
     if refused is None:
         same(theirs, x, tmp_path)
         return
-    with pytest.raises(ValueError, match=re.escape(f"a RopeViT cannot take over {REFUSED[refused]}")):
+    with pytest.raises(ValueError, match=re.escape(f"RopeViT does not support {REFUSED[refused]}")):
         from_timm(theirs)
 
 
@@ -82,14 +83,14 @@ def test_each_name_is_carried_or_refused(name, tmp_path):
         ("qwen3_vit_88m", {"rope_temperature": 100.0, "drop_rate": 0.5, "drop_path_rate": 0.1}),
     ],
 )
-def test_what_the_projector_was_left_out_of(name, options, tmp_path):
+def test_encoders_without_a_projector_convert(name, options, tmp_path):
     theirs, x = small(name, **options)
     same(theirs, x, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vit_88m", "deepseek_vit_412m"])
 def test_files_load_by_name(name, tmp_path):
-    """A classifier's file, and one of the bare encoder with the projector that it was published with."""
+    """The file of a classifier, and of an encoder with its published projector."""
     theirs, x = small(name)
     torch.save(theirs.state_dict(), tmp_path / "classifier.pth")
     make = {"source": name, "img_size": x.shape[2:], "pretrained": True, "num_classes": 7, **SMALL}
@@ -105,6 +106,6 @@ def test_files_load_by_name(name, tmp_path):
         assert difference(ours.forward_features(x), bare.forward_features(x).flatten(1, 2)) < 1e-5
 
 
-def test_norms_are_on_or_off_or_both():
+def test_an_invalid_final_norm():
     with pytest.raises(ValueError, match="final_norm is True, False or 'both', got 'twice'"):
         timm.create_model("vit_rope_test_patch16_64", final_norm="twice")

@@ -1,4 +1,4 @@
-"""Memory carried from segment to segment: what it is, how far gradients go, and a task that needs it."""
+"""Memory between segments: its values, how far gradients flow, and a task that needs it."""
 
 import copy
 import re
@@ -28,14 +28,14 @@ def segments(count=4, batch=3, seed=0):
 @pytest.mark.parametrize("options", [{}, {"global_pool": "avg"}, {"reg_tokens": 3}, {"patch_drop_rate": 0.5}])
 def test_memory_is_what_the_last_registers_become(options):
     net, x = vit(**options).eval(), segments(2)
-    net.reg_token *= 5  # which only a norm takes away
+    net.reg_token *= 5  # only a norm removes this scale
     reader = Reader(copy.deepcopy(net))
     first = net.forward_features(x[0])
     prefix = net.num_prefix_tokens
     assert prefix == 1 + options.get("reg_tokens", 0) + 2
     memory = net.fc_norm(first[:, prefix - 2 : prefix])
     second = [net(x[1, i : i + 1]) for i in range(3)]
-    for i in range(3):  # each sample's memory in place of the learned tokens
+    for i in range(3):  # the memory of each sample replaces the learned tokens
         net.reg_token[:, -2:] = memory[i]
         second[i] = net(x[1, i : i + 1])
     logits, left = reader(x)
@@ -45,28 +45,28 @@ def test_memory_is_what_the_last_registers_become(options):
 
 
 @torch.no_grad()
-def test_a_sequence_may_be_read_in_parts():
+def test_a_sequence_can_be_read_in_parts():
     reader, x = Reader(vit().eval()), segments()
-    whole, left = reader(x)
+    complete, left = reader(x)
     first, memory = reader(x[:3])
-    rest, last = reader(list(x[3:]), memory)
-    torch.testing.assert_close(torch.cat((first, rest)), whole)
+    second, last = reader(list(x[3:]), memory)
+    torch.testing.assert_close(torch.cat((first, second)), complete)
     torch.testing.assert_close(last, left)
 
 
 @torch.no_grad()
-def test_memory_has_no_place_and_segments_have_theirs():
+def test_memory_has_no_position_and_segments_have_their_own():
     reader, x = Reader(vit(position="learned + axial").eval()), segments(2)
-    here = grid((2, 2))
-    there = [here, here + torch.tensor([0.0, 2.0])]
-    plain, placed = reader(x)[0], reader(x, coords=there)[0]
-    torch.testing.assert_close(placed[0], plain[0])
-    assert (placed[1] - plain[1]).abs().max() > 1e-4
+    first = grid((2, 2))
+    coords = [first, first + torch.tensor([0.0, 2.0])]
+    plain, shifted = reader(x)[0], reader(x, coords=coords)[0]
+    torch.testing.assert_close(shifted[0], plain[0])
+    assert (shifted[1] - plain[1]).abs().max() > 1e-4
     order = torch.tensor([2, 0, 3, 1])
     patches = x.unfold(3, 4, 4).unfold(4, 4, 4).flatten(3, 4)[:, :, :, order].unflatten(3, (2, 2))
     shuffled = patches.permute(0, 1, 2, 3, 5, 4, 6).reshape(x.shape)
-    moved, _ = reader(shuffled, coords=[c[order] for c in there])
-    torch.testing.assert_close(moved, placed, rtol=1e-4, atol=1e-5)
+    permuted, _ = reader(shuffled, coords=[c[order] for c in coords])
+    torch.testing.assert_close(permuted, shifted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -74,25 +74,27 @@ def test_memory_has_no_place_and_segments_have_theirs():
     [(None, [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}]), (1, [{0}, {1}, {2}, {3}]), (2, [{0}, {0, 1}, {2}, {2, 3}]),
      (3, [{0}, {1}, {1, 2}, {1, 2, 3}]), (9, [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}])],
 )  # fmt: skip
-def test_gradients_reach_as_many_segments_as_the_horizon_says(horizon, reached):
+def test_the_horizon_limits_how_many_segments_gradients_reach(horizon, reached):
     x = segments().requires_grad_()
     logits, _ = Reader(vit(), horizon)(x)
-    for i, wanted in enumerate(reached):
-        (found,) = torch.autograd.grad(logits[i].square().sum(), x, retain_graph=True)
-        assert {j for j in range(4) if found[j].abs().max() > 0} == wanted
+    for i, expected in enumerate(reached):
+        (gradient,) = torch.autograd.grad(logits[i].square().sum(), x, retain_graph=True)
+        assert {j for j in range(4) if gradient[j].abs().max() > 0} == expected
 
 
-def test_a_horizon_cuts_the_memory_it_is_given_too():
+def test_a_horizon_also_detaches_the_memory_that_is_passed_in():
     x = segments(2).requires_grad_()
     reader = Reader(vit(), 4)
     _, memory = reader(x[:1])
     logits, _ = reader(x[1:], memory)
-    (found,) = torch.autograd.grad(logits.square().sum(), x)
-    assert found[0].abs().max() == 0 < found[1].abs().max()
+    (gradient,) = torch.autograd.grad(logits.square().sum(), x)
+    assert gradient[0].abs().max() == 0 < gradient[1].abs().max()
 
 
 def recall(count, generator, samples=64):
-    """Segments of which only the first shows, in noise, which of four corners (samples,) is bright."""
+    """Noisy segments and the corner (samples,), one of four, that is bright in the first segment
+    only.
+    """
     corner = torch.randint(4, (samples,), generator=generator)
     x = 0.3 * torch.randn(count, samples, 1, 8, 8, generator=generator)
     bright = F.one_hot(corner, 4).view(samples, 1, 2, 2).float()
@@ -139,8 +141,11 @@ def test_without_memory_nothing_changes_and_with_it_timms_tools_work():
         (lambda: vit(-1), "memory_tokens is a number of tokens, 0 or more, got -1"),
         (lambda: Reader(vit(0)), "this RopeViT has no memory; create it with memory_tokens=…"),
         (lambda: Reader(vit(), 0), "horizon is a number of segments, 1 or more, got 0"),
-        (lambda: Reader(vit())([]), "expected one segment or more, with coordinates of as many, got 0"),
-        (lambda: Reader(vit())(segments(), coords=[grid((2, 2))]), "as many, got 4 and coordinates of 1"),
+        (lambda: Reader(vit())([]), "expected one or more segments, and coordinates of the same number of them, got 0"),
+        (
+            lambda: Reader(vit())(segments(), coords=[grid((2, 2))]),
+            "the same number of them, got 4 and coordinates of 1",
+        ),
         (
             lambda: Reader(vit())(segments(), torch.zeros(3, 1, 32)),
             "memory of shape (3, 1, 32) was given, but expected (3, 2, 32)",

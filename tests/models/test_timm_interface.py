@@ -1,4 +1,4 @@
-"""Every constructor option and method of timm's VisionTransformer works on ours, and means the same."""
+"""Every option and method of timm's VisionTransformer works on RopeViT and means the same."""
 
 import inspect
 import json
@@ -14,12 +14,13 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from tests.helpers import images, randomised
+from vit_rope.models.converted import ConvertedViT
 from vit_rope.models.vit import RopeViT
 from vit_rope.positions.coords import grid
 
 NAME = "vit_rope_test_patch16_64"
 SMALL = {"img_size": 64, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 5}
-OPTIONS = {  # one for every argument of timm's class, at a value that is not its default
+OPTIONS = {  # for every argument of timm's class, a value other than the default
     "img_size": {"img_size": (32, 64)},
     "patch_size": {"patch_size": (8, 16)},
     "in_chans": {"in_chans": 1},
@@ -64,12 +65,12 @@ POOLS = ["", "avg", "avgmax", "max", "token", "map", "prr"]
 OURS_TO_CHOOSE = {"self", "attn_layer", "block_fn", "embed_layer"}
 
 
-def test_no_argument_of_timm_is_forgotten():
+def test_every_argument_of_timm_is_tested():
     assert set(OPTIONS) | OURS_TO_CHOOSE == set(inspect.signature(VisionTransformer.__init__).parameters)
 
 
 def both(seed=0, **options):
-    """Ours without positions and timm's own, with the same random weights."""
+    """RopeViT without positions and timm's VisionTransformer, with the same random weights."""
     options = SMALL | {"pos_embed": "none"} | options
     theirs = VisionTransformer(**options)
     if options.get("dtype") is None:
@@ -80,7 +81,7 @@ def both(seed=0, **options):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_option_means_what_it_means_in_timm(name):
+def test_an_option_has_the_same_effect_as_in_timm(name):
     options = OPTIONS[name]
     ours, theirs = both(**options)
     size = options.get("img_size", (64, 64))
@@ -96,7 +97,7 @@ def test_an_option_means_what_it_means_in_timm(name):
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_every_pool_is_timms(pool):
+def test_every_pool_equals_timms(pool):
     ours, theirs = both(global_pool=pool, reg_tokens=2)
     assert torch.equal(ours(images((64, 64))), theirs(images((64, 64))))
     assert torch.equal(ours.forward_head(ours.forward_features(images((64, 64))), pre_logits=True),
@@ -104,7 +105,7 @@ def test_every_pool_is_timms(pool):
 
 
 @pytest.mark.parametrize("mode", ["", "jax", "jax_nlhb", "moco", "reset"])
-def test_weights_begin_as_timms(mode):
+def test_initial_weights_equal_timms(mode):
     torch.manual_seed(0)
     theirs = VisionTransformer(**SMALL, pos_embed="none", weight_init=mode)
     torch.manual_seed(0)
@@ -126,8 +127,8 @@ def test_mlps_by_name(options, kind):
 
 
 @pytest.mark.parametrize("spec", ["axial", "mixed"])
-def test_keys_of_fewer_heads_are_those_of_more_repeated(spec):
-    few = randomised(RopeViT(**SMALL | {"num_heads": 4}, num_kv_heads=[4, 2, 1, 2], qk_norm=True, position=spec))
+def test_fewer_heads_of_keys_equal_repeated_heads(spec):
+    few = randomised(ConvertedViT(**SMALL | {"num_heads": 4}, num_kv_heads=[4, 2, 1, 2], qk_norm=True, position=spec))
     many = RopeViT(**SMALL | {"num_heads": 4}, qk_norm=True, position=spec).eval()
     state = dict(few.state_dict())
     for i, heads in enumerate([4, 2, 1, 2]):
@@ -142,18 +143,18 @@ def test_keys_of_fewer_heads_are_those_of_more_repeated(spec):
         block.attn.fused_attn = False
     torch.testing.assert_close(few(x), many(x), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="2 heads do not divide into 3 groups; change num_kv_heads"):
-        RopeViT(**SMALL, num_kv_heads=3)
+        ConvertedViT(**SMALL, num_kv_heads=3)
     with pytest.raises(ValueError, match="num_kv_heads names 2 layers of 4; give one number, or one for each layer"):
-        RopeViT(**SMALL, num_kv_heads=(1, 1))
+        ConvertedViT(**SMALL, num_kv_heads=(1, 1))
 
 
-def test_a_pool_of_its_own_size():
-    net = RopeViT(**SMALL, global_pool="map", attn_pool_num_heads=8, attn_pool_mlp_ratio=2.0)
+def test_the_size_of_the_attention_pool():
+    net = ConvertedViT(**SMALL, global_pool="map", attn_pool_num_heads=8, attn_pool_mlp_ratio=2.0)
     assert net.attn_pool.num_heads == 8
     assert net.attn_pool.mlp.fc1.out_features == 128
     assert net(images((64, 64))).shape == (2, 5)
     with pytest.raises(ValueError, match='need global_pool="map"'):
-        RopeViT(**SMALL, attn_pool_num_heads=8)
+        ConvertedViT(**SMALL, attn_pool_num_heads=8)
 
 
 @pytest.mark.parametrize("spec", ["none", "mixed + gate(learned)", "reference(xy(axial), grid=(8, 8))"])
@@ -183,7 +184,7 @@ def test_intermediates_in_every_form(spec, fmt, prefix, only, as_dict):
     torch.testing.assert_close(tokens, net.norm(taken[1])[:, 2:])
 
 
-def test_pruning_and_dinos_form():
+def test_pruning_and_get_intermediate_layers():
     net, x = randomised(RopeViT(**SMALL, position="mixed", reg_tokens=1)), images((64, 64))
     layers = net.get_intermediate_layers(x, n=2, reshape=True, return_prefix_tokens=True, norm=True)
     assert [[tuple(t.shape) for t in layer] for layer in layers] == [[(2, 64, 4, 4), (2, 2, 64)]] * 2
@@ -212,18 +213,20 @@ def test_training_varies_coordinates_as_timm_does(unit):
     options = {"position_shift": 0.5, "position_jitter": 1.5, "position_rescale": 2.0}
     net = RopeViT(**SMALL, position="axial", position_unit=unit, **options)
     torch.manual_seed(0)
-    where = net.train().locate(images((64, 64)))[0]
+    coords = net.train().patch_coords(images((64, 64)))[0]
     torch.manual_seed(0)
     want = _apply_coord_augs(grid((4, 4), unit), 0.5, 1.5, 2.0)
-    torch.testing.assert_close(where, want, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(net.locate(images((64, 64)))[0], where)
-    assert torch.equal(net.eval().locate(images((64, 64)))[0], grid((4, 4), unit))
-    assert torch.equal(net.train().locate(images((64, 64)), grid((4, 4)))[0], grid((4, 4)))  # the caller's own stay
+    torch.testing.assert_close(coords, want, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(net.patch_coords(images((64, 64)))[0], coords)
+    assert torch.equal(net.eval().patch_coords(images((64, 64)))[0], grid((4, 4), unit))
+    assert torch.equal(
+        net.train().patch_coords(images((64, 64)), grid((4, 4)))[0], grid((4, 4))
+    )  # coordinates of the caller stay
     with pytest.raises(ValueError, match="stretched by a factor of 1 or more, got position_shift 0"):
         RopeViT(**SMALL, position_rescale=0.5)
 
 
-def test_layer_decay_slows_positions_like_the_stem():
+def test_layer_decay_treats_positions_like_the_stem():
     net = timm.create_model(NAME, position="mixed + gate(learned)")
     scale = {
         id(p): group["lr_scale"] for group in param_groups_layer_decay(net, layer_decay=0.5) for p in group["params"]
@@ -241,9 +244,11 @@ def test_frozen_weights_stay_frozen_at_another_size():
     assert not any(p.requires_grad for p in net.parameters())
 
 
-def test_two_crops_before_one_backward_under_checkpointing_with_everything_on():
+def test_two_crops_before_one_backward_with_checkpointing_and_every_option():
     net = randomised(
-        RopeViT(**SMALL, position="mixed + learned", dynamic_img_size=True, num_kv_heads=1, qk_norm=True, reg_tokens=2)
+        ConvertedViT(
+            **SMALL, position="mixed + learned", dynamic_img_size=True, num_kv_heads=1, qk_norm=True, reg_tokens=2
+        )
     ).train()
     gradients = []
     for on in (False, True):

@@ -1,6 +1,8 @@
-"""timm's own tests/test_models.py, from the sdist of the installed timm, on the models that this package registers.
+"""timm's own tests/test_models.py, from the sdist of the installed timm, on the models that this
+package registers.
 
-Its TorchScript tests are deselected: torch deprecates `torch.jit.script`, and this library does not support it.
+Its TorchScript tests are deselected: torch deprecates `torch.jit.script`, and this library does not
+support it.
 """
 
 import importlib.metadata
@@ -27,7 +29,7 @@ _registry._module_to_models["vision_transformer"] |= ours  # timm selects its fe
 
 @pytest.fixture(scope="module")
 def timm_tests(tmp_path_factory):
-    """The folder of timm's tests: VIT_ROPE_TIMM_TESTS, or fetched by pip."""
+    """The folder of timm's tests: VIT_ROPE_TIMM_TESTS, or downloaded by pip."""
     if given := os.environ.get("VIT_ROPE_TIMM_TESTS"):
         return Path(given)
     folder = tmp_path_factory.mktemp("timm")
@@ -42,8 +44,8 @@ def timm_tests(tmp_path_factory):
 
 
 CONVERTED = ["vit_rope_small_patch16_rope_mixed_224", "vit_rope_eva02_tiny_patch14_224", "vit_rope_from_timm"]
-OURS = timm.list_models("vit_rope_*", module="vit", exclude_filters="*large*")  # timm keeps a dozen copies: 16 GB
-NAMES = [*OURS, *CONVERTED]  # the other converted ones are these, but larger
+OURS = timm.list_models("vit_rope_*", module="registry", exclude_filters="*large*")  # timm keeps twelve copies: 16 GB
+NAMES = [*OURS, *CONVERTED]  # the other converted models differ in size only
 
 
 @pytest.mark.slow

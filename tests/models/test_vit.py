@@ -1,4 +1,4 @@
-"""RopeViT: timm's contract, positions' contract, and the words in which it refuses."""
+"""RopeViT: the contracts of timm and of positions, and its error messages."""
 
 import copy
 import re
@@ -19,7 +19,7 @@ SPECS = ["axial", "mixed", "learned", "none", "sincos + flat", "learned + mixed"
 
 
 def model(position="axial", seed=0, **kwargs):
-    """A test model with every parameter random, for a fresh one is nearly blind to positions."""
+    """A test model with random parameters, since positions hardly affect an untrained one."""
     torch.manual_seed(seed)
     made = timm.create_model(NAME, position=position, num_classes=kwargs.pop("num_classes", 5), **kwargs)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def images(*sizes, batch=2, channels=3):
     return torch.randn(batch, channels, *sizes, generator=torch.Generator().manual_seed(7))
 
 
-def test_without_positions_it_is_timm_bit_for_bit():
+def test_without_positions_it_equals_timm_bit_for_bit():
     ours = model("none", pos_embed="learn", qk_norm=True, init_values=0.3, reg_tokens=2)
     theirs = VisionTransformer(
         64, 16, num_classes=5, embed_dim=64, depth=4, num_heads=2, qk_norm=True, init_values=0.3, reg_tokens=2
@@ -44,7 +44,7 @@ def test_without_positions_it_is_timm_bit_for_bit():
 @pytest.mark.parametrize("spec", SPECS)
 def test_positions_matter_and_only_through_coordinates(spec):
     net, x = model(spec), images(64, 64)
-    swapped = x.roll(16, dims=-1)  # whole patches move
+    swapped = x.roll(16, dims=-1)  # moves complete patches
     changed = (net(swapped) - net(x)).abs().max()
     moved = net(swapped, coords=grid((4, 4)).view(4, 4, 2).roll(1, dims=1).reshape(16, 2))
     torch.testing.assert_close(moved, net(x), rtol=1e-4, atol=1e-5)
@@ -52,7 +52,7 @@ def test_positions_matter_and_only_through_coordinates(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_own_coordinates_that_are_the_grid_change_nothing(spec):
+def test_passing_the_coordinates_of_the_grid_changes_nothing(spec):
     net, x = model(spec), images(64, 64)
     torch.testing.assert_close(net(x, coords=grid((4, 4))), net(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(net(x, coords=grid((4, 4)).expand(2, -1, -1)), net(x), rtol=1e-5, atol=1e-5)
@@ -72,14 +72,14 @@ def test_dynamic_size_equals_set_input_size_and_a_reloaded_model(spec):
 
 
 @pytest.mark.parametrize("spec", ["axial", "mixed", "learned", "none", "sincos"])
-def test_padding_keeps_the_coordinates_of_what_is_there(spec):
+def test_padding_keeps_the_coordinates_of_the_image(spec):
     net = model(spec, dynamic_img_size=True, dynamic_img_pad=True)
     padded = nn.functional.pad(images(60, 50), (0, 14, 0, 4))
     torch.testing.assert_close(net(images(60, 50)), net(padded), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_patch_dropout_takes_coordinates_along(spec):
+def test_patch_dropout_drops_the_coordinates_too(spec):
     net, x = model(spec, patch_drop_rate=0.5, reg_tokens=1).train(), images(64, 64)
     keep = torch.tensor([[5, 0, 7, 12, 15, 3, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8]])
     class_and_register = 2
@@ -133,7 +133,7 @@ def test_blocks_cannot_run_without_positions():
         net.blocks[0](tokens)
 
 
-def test_nothing_but_learned_tensors_is_stored():
+def test_only_learned_tensors_are_stored():
     assert list(model("learned + mixed").buffers()) == []
     assert set(model("axial").state_dict()) == set(model("none").state_dict())
     assert set(model("mixed").state_dict()) - set(model("none").state_dict()) == {"position.freqs"}
@@ -151,7 +151,7 @@ def test_position_parameters_learn_like_the_stem_and_do_not_decay():
     assert {scale[id(p)] for p in positional} == {scale[id(net.patch_embed.proj.weight)]}
 
 
-def test_a_cast_model_computes_the_same_tables_and_answers_in_kind():
+def test_a_cast_model_computes_the_same_tables_and_returns_its_own_dtype():
     net, x = model("mixed + learned"), images(64, 64)
     cast = copy.deepcopy(net).bfloat16()
     assert cast.position.parts[0].freqs.dtype == torch.float32
@@ -161,7 +161,7 @@ def test_a_cast_model_computes_the_same_tables_and_answers_in_kind():
         torch.testing.assert_close(net(x).float(), net(x.float()).float(), rtol=0, atol=0)
 
 
-def test_meta_then_weights_is_the_same_model():
+def test_a_model_from_the_meta_device_with_loaded_weights_is_the_same():
     net = model("mixed + learned")
     with torch.device("meta"):
         ghost = timm.create_model(NAME, position="mixed + learned", num_classes=5)
@@ -260,10 +260,10 @@ def test_video_signals_and_volumes_are_the_same_class():
         video.set_input_size(patch_size=(1, 16, 16))
 
 
-def test_traced_models_hold_no_complex_numbers():
+def test_traced_models_contain_no_complex_numbers():
     net, x = model("mixed"), images(64, 64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer releases say that tracing is deprecated, and it warns of sizes it fixes
+        warnings.simplefilter("ignore")  # torch deprecates tracing, which also warns about constant sizes
         traced = torch.jit.trace(net, x, check_trace=False)
     assert "complex" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x), net(x), rtol=1e-4, atol=1e-5)
@@ -285,7 +285,7 @@ def test_traced_models_hold_no_complex_numbers():
         ({"nonsense": 1}, TypeError, "nonsense"),
     ],
 )
-def test_models_that_cannot_be(options, error, message):
+def test_invalid_options_are_refused(options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         timm.create_model(NAME, **options)
 
@@ -306,19 +306,19 @@ def test_models_that_cannot_be(options, error, message):
             {},
             images(64, 64),
             grid((3, 4)),
-            "coordinates of shape (12, 2) do not place 2 x 16 patches; expected (16, 2)",
+            "coordinates of shape (12, 2) do not fit 2 x 16 patches; expected (16, 2)",
         ),
-        ({}, images(64, 64), grid((4, 4)).expand(3, -1, -1), "coordinates of shape (3, 16, 2) do not place 2 x 16"),
+        ({}, images(64, 64), grid((4, 4)).expand(3, -1, -1), "coordinates of shape (3, 16, 2) do not fit 2 x 16"),
         ({}, images(64, 64), grid((2, 2, 4)), "coordinates have 3 axes, but the positions were made for 2"),
         ({}, images(64, 64), grid((4, 4)) / 0, "coordinates of 16 tokens are NaN or infinite"),
     ],
 )
-def test_inputs_that_cannot_be(options, x, coords, message):
+def test_invalid_inputs_are_refused(options, x, coords, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         model(**options)(x, coords=coords)
 
 
-def test_whoever_hooks_the_projection_keeps_what_it_gave():
+def test_a_hook_on_the_projection_may_keep_its_output():
     net, x = model("axial"), images(64, 64)
     plain, kept = net(x), []
     attention = net.blocks[1].attn
@@ -331,14 +331,14 @@ def test_whoever_hooks_the_projection_keeps_what_it_gave():
         for handle in handles:
             handle.remove()
         torch.testing.assert_close(kept[1], attention.qkv(kept[0]), rtol=0, atol=0)  # not rotated
-    turned = []
+    outputs = []
     with (
         torch.no_grad(),
-        torch.nn.modules.module.register_module_forward_hook(lambda m, i, out: turned.append((m, out))),
+        torch.nn.modules.module.register_module_forward_hook(lambda m, i, out: outputs.append((m, out))),
     ):
         net(x)
-    kept = next(out for module, out in turned if module is attention.qkv)
-    first = next(out for module, out in turned if module is net.blocks[1].norm1)
+    kept = next(out for module, out in outputs if module is attention.qkv)
+    first = next(out for module, out in outputs if module is net.blocks[1].norm1)
     torch.testing.assert_close(kept, attention.qkv(first), rtol=0, atol=0)
 
 
@@ -348,6 +348,6 @@ def test_extracted_projections_are_not_rotated():
     net, x = model("axial").eval(), images(64, 64)
     names = {"blocks.0.norm1": "before", "blocks.0.attn.qkv": "after", "head": "head"}
     with torch.no_grad():
-        found = create_feature_extractor(net, names)(x)
-        torch.testing.assert_close(found["after"], net.blocks[0].attn.qkv(found["before"]), rtol=0, atol=0)
-        torch.testing.assert_close(found["head"], net(x), rtol=0, atol=1e-6)
+        features = create_feature_extractor(net, names)(x)
+        torch.testing.assert_close(features["after"], net.blocks[0].attn.qkv(features["before"]), rtol=0, atol=0)
+        torch.testing.assert_close(features["head"], net(x), rtol=0, atol=1e-6)

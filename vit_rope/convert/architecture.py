@@ -1,4 +1,4 @@
-"""TODO convert.architecture from ['convert']."""
+"""Read the architecture of a timm model from its modules, as arguments of a RopeViT."""
 
 import math
 from typing import Any, cast
@@ -33,14 +33,15 @@ UNITS = {"separate": "centered", "min": "centered_shorter", "max": "centered_lon
 
 
 def architecture(model: nn.Module, position: str = "", ape: str = "keep") -> dict[str, Any]:
-    """Arguments of the RopeViT that computes what an Eva or a VisionTransformer does, as JSON can store them.
+    """Arguments, of types that JSON can store, of the RopeViT that computes the same function as an
+    Eva, an encoder or a VisionTransformer.
 
-    `position` and `ape` are those of `ropeify`; an Eva brings its own positions. Raises ValueError for a feature that
-    RopeViT does not have.
+    `position` and `ape` are those of `ropeify`; an Eva has its own positions. Raises TypeError for
+    a model of a different class and ValueError for a feature that RopeViT does not have.
     """
     if not isinstance(model, (Eva, VisionTransformer, *ENCODERS)):
         raise TypeError(
-            f"models with blocks of a ViT convert, timm's Eva and VisionTransformer, not {type(model).__name__}"
+            f"only timm's Eva, VisionTransformer and encoders of language models convert, not {type(model).__name__}"
         )
     net = as_eva(model) if isinstance(model, ENCODERS) else cast(Any, model)
     block: Any = net.blocks[0] if len(net.blocks) else None
@@ -50,9 +51,9 @@ def architecture(model: nn.Module, position: str = "", ape: str = "keep") -> dic
     )
     refuse(type(net.patch_embed) is not layers.PatchEmbed, f"patches by {type(net.patch_embed).__name__}")
     refuse(hasattr(net, "dist_token"), "a distillation token")
-    norm, fc_norm, pre_norm = _there(net.norm), _there(net.fc_norm), _there(net.norm_pre)
-    refuse(_there(net.patch_embed.norm), "a norm inside the patch embedding")
-    refuse(pre_norm == (net.patch_embed.proj.bias is not None), "a norm_pre beside a bias of patches, or neither")
+    norm, fc_norm, pre_norm = _exists(net.norm), _exists(net.fc_norm), _exists(net.norm_pre)
+    refuse(_exists(net.patch_embed.norm), "a norm inside the patch embedding")
+    refuse(pre_norm == (net.patch_embed.proj.bias is not None), "a norm_pre and a bias of patches, or neither")
     args: dict[str, Any] = {
         "img_size": tuple(net.patch_embed.img_size),
         "patch_size": tuple(net.patch_embed.patch_size),
@@ -73,30 +74,32 @@ def architecture(model: nn.Module, position: str = "", ape: str = "keep") -> dic
         "dynamic_img_pad": net.patch_embed.dynamic_img_pad,
         "init_values": getattr(block if eva else block.ls1, "init_values", None),
     }
-    args |= _attention(net) | _mlp(block.mlp) | _norm(block.norm1) | _rates(net) | _pool(net)
-    return args | (_placed(net) if eva else _placed_by(position, ape, net))
+    args |= (
+        _attention_args(net) | _mlp_args(block.mlp) | _norm_args(block.norm1) | _dropout_rates(net) | _pool_args(net)
+    )
+    return args | (_rotary_args(net) if eva else _position_args(position, ape, net))
 
 
-def _attention(net: Any) -> dict[str, Any]:
-    """Arguments of the attention of all blocks, which may differ in the number of heads of keys and values."""
+def _attention_args(net: Any) -> dict[str, Any]:
+    """Arguments of attention. Blocks may differ in the number of heads of keys and values."""
     attention = net.blocks[0].attn
     kinds = (EvaAttention, layers.AttentionRope, layers.Attention)
     refuse(type(attention) not in kinds, f"attention of type {type(attention).__name__}")
     refuse(getattr(attention, "gate", None) is not None, "gated attention")
-    refuse(attention.num_heads * attention.head_dim != net.embed_dim, "heads of another total width")
+    refuse(attention.num_heads * attention.head_dim != net.embed_dim, "heads whose total width is not embed_dim")
     groups = [getattr(block.attn, "num_kv_heads", attention.num_heads) for block in net.blocks]
     bias = any(name.endswith("bias") and name[0] == "q" for name, _ in attention.named_parameters())
     return {
         "num_heads": attention.num_heads,
         "num_kv_heads": groups if set(groups) != {attention.num_heads} else None,
         "qkv_bias": bias,
-        "qk_norm": _there(attention.q_norm),
-        "scale_attn_norm": _there(attention.norm),
+        "qk_norm": _exists(attention.q_norm),
+        "scale_attn_norm": _exists(attention.norm),
         "proj_bias": attention.proj.bias is not None,
     }
 
 
-def _mlp(mlp: Any) -> dict[str, Any]:
+def _mlp_args(mlp: Any) -> dict[str, Any]:
     names = {layers.Mlp: "mlp", layers.SwiGLU: "swiglu", layers.GluMlp: "swiglu_packed"}
     refuse(type(mlp) not in names, f"an MLP of type {type(mlp).__name__}")
     refuse(isinstance(mlp, layers.GluMlp) and mlp.gate_last, "a GLU whose gate comes last")
@@ -107,26 +110,26 @@ def _mlp(mlp: Any) -> dict[str, Any]:
     return {
         "mlp_layer": names[type(mlp)],
         "mlp_ratio": ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
-        "act_layer": "gelu_tanh" if tanh else _named(mlp.act, ACTS, "an activation"),
-        "scale_mlp_norm": _there(mlp.norm),
+        "act_layer": "gelu_tanh" if tanh else _name_of(mlp.act, ACTS, "an activation"),
+        "scale_mlp_norm": _exists(mlp.norm),
     }
 
 
-def _norm(norm: Any) -> dict[str, Any]:
-    return {"norm_layer": _named(norm, NORMS, "norms"), "norm_eps": norm.eps}
+def _norm_args(norm: Any) -> dict[str, Any]:
+    return {"norm_layer": _name_of(norm, NORMS, "norms"), "norm_eps": norm.eps}
 
 
-def _pool(net: Any) -> dict[str, Any]:
+def _pool_args(net: Any) -> dict[str, Any]:
     pool = net.attn_pool
     if not isinstance(pool, layers.AttentionPoolLatent):
         return {}
     mlp = cast(Any, pool.mlp)
-    refuse(mlp is None or type(mlp.act) is not type(net.blocks[0].mlp.act), "a pool of another kind of MLP")
+    refuse(mlp is None or type(mlp.act) is not type(net.blocks[0].mlp.act), "an attention pool with its own activation")
     return {"attn_pool_num_heads": pool.num_heads, "attn_pool_mlp_ratio": mlp.fc1.out_features / mlp.fc1.in_features}
 
 
-def _rates(net: Any) -> dict[str, float]:
-    """Dropout rates, which matter to those who go on training."""
+def _dropout_rates(net: Any) -> dict[str, float]:
+    """Dropout rates, for training that continues."""
     last = net.blocks[-1]
     return {
         "drop_rate": net.head_drop.p,
@@ -138,8 +141,8 @@ def _rates(net: Any) -> dict[str, float]:
     }
 
 
-def _placed(net: Any) -> dict[str, Any]:
-    """The position options that compute the angles of an Eva's `rope`."""
+def _rotary_args(net: Any) -> dict[str, Any]:
+    """The position options that compute the same angles as the module `rope` of an Eva."""
     rope = net.rope
     if rope is None:
         return {"position": "none"}
@@ -152,18 +155,22 @@ def _placed(net: Any) -> dict[str, Any]:
         refuse(rope.in_pixels or rope.grid_type != "index", "rotary frequencies in pixels")
         position, origin = f"axial(base={rope.temperature:.9g}{pairs})", 0.0 - rope.grid_offset
     elif isinstance(rope, layers.RotaryEmbeddingDinoV3):
-        refuse(rope.temperature is None or rope.grid_offset != 0, "periods or an offset of DINOv3's unpublished kind")
+        refuse(
+            rope.temperature is None or rope.grid_offset != 0,
+            "DINOv3 positions with min_period and max_period, or with a grid offset",
+        )
         pairs = pairs or ', pairs="interleaved"'
         position, unit = f"dinov3(base={rope.temperature:.9g}{pairs})", UNITS[rope.normalize_coords]
     elif isinstance(rope, layers.RotaryEmbeddingMRope):
-        refuse(min(rope.mrope_section[1:]) * 6 < rope.dim, "a multimodal RoPE whose sections leave pairs over")
+        refuse(min(rope.mrope_section[1:]) * 6 < rope.dim, "a multimodal RoPE whose sections do not cover all pairs")
         position = f"mrope(base={rope.temperature:.9g}, idle=1)"
     else:
-        raise ValueError(f"RopeViT has no positions like {type(rope).__name__}")
+        raise ValueError(f"RopeViT does not support positions of type {type(rope).__name__}")
     if rope.grid_indexing == "xy" and not isinstance(rope, layers.RotaryEmbeddingMixed):
         position = f"xy({position})"
-    if getattr(rope, "ref_feat_shape", None) is not None:
-        position = f"reference({position}, grid={tuple(rope.ref_feat_shape)})"
+    reference = getattr(rope, "ref_feat_shape", None)
+    if reference is not None:
+        position = f"reference({position}, grid={tuple(reference)})"
     return {
         "position": position,
         "position_unit": unit,
@@ -174,7 +181,7 @@ def _placed(net: Any) -> dict[str, Any]:
     }
 
 
-def _placed_by(position: str, ape: str, net: Any) -> dict[str, Any]:
+def _position_args(position: str, ape: str, net: Any) -> dict[str, Any]:
     if ape not in ("keep", "drop", "gate"):
         raise ValueError(f'ape is "keep", "drop" or "gate", got {ape!r}')
     if ape == "keep" or net.pos_embed is None:
@@ -183,14 +190,16 @@ def _placed_by(position: str, ape: str, net: Any) -> dict[str, Any]:
 
 
 def refuse(has: bool, feature: str) -> None:
+    """Raise ValueError if a model has a feature that RopeViT does not have."""
     if has:
-        raise ValueError(f"a RopeViT cannot take over {feature}")
+        raise ValueError(f"RopeViT does not support {feature}")
 
 
-def _there(module: nn.Module) -> bool:
+def _exists(module: nn.Module) -> bool:
+    """timm uses Identity for a module that a model does not have."""
     return not isinstance(module, nn.Identity)
 
 
-def _named(module: nn.Module, names: dict[type, str], what: str) -> str:
+def _name_of(module: nn.Module, names: dict[type, str], what: str) -> str:
     refuse(type(module) not in names, f"{what} of type {type(module).__name__}")
     return names[type(module)]

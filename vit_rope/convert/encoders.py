@@ -1,7 +1,7 @@
-"""timm's vision encoders of language models, bare or in a classifier, seen as the class Eva that they nearly are.
+"""timm's vision encoders of language models, alone or in a classifier, with the interface of Eva.
 
-Qwen3-ViT (arXiv:2511.21631) and DeepSeek-ViT (arXiv:2609.19969) have blocks and rotations like its; Gemma 4's
-(arXiv:2607.02770) are of another kind.
+Qwen3-ViT (arXiv:2511.21631) and DeepSeek-ViT (arXiv:2609.19969) have blocks and rotations like
+those of Eva; those of Gemma 4 (arXiv:2607.02770) differ and are not supported.
 """
 
 from types import SimpleNamespace
@@ -17,14 +17,14 @@ ENCODERS = (*CLASSIFIERS, Qwen3VitEncoder, DeepseekVitEncoder, Gemma4VitClassifi
 
 
 def as_eva(model: nn.Module) -> Any:
-    """What a conversion reads off an Eva, of an encoder; raises ValueError for one that a RopeViT cannot be.
+    """The attributes of an encoder that a conversion reads, named as in timm's Eva.
 
-    That is a Gemma 4, or one whose projector merges patches before they are pooled.
+    Raises ValueError for Gemma 4, and for a projector that merges patches before they are pooled.
     """
     if isinstance(model, Gemma4VitClassifier | Gemma4VitEncoder):
         raise ValueError(
-            "a RopeViT cannot take over blocks of type Gemma4Block, which norm values and the outputs of attention and "
-            'MLP; for its rotations give a model of your own position="xy(axial(base=100, pairs=\\"axis\\"))"'
+            "RopeViT does not support blocks of type Gemma4Block, which normalize values and the outputs of attention "
+            'and MLP; for its rotations create a model with position="xy(axial(base=100, pairs=\\"axis\\"))"'
         )
     outer = cast(Any, model)
     inner = outer.encoder if isinstance(model, CLASSIFIERS) else outer
@@ -32,7 +32,7 @@ def as_eva(model: nn.Module) -> Any:
     if projector is not None:
         option = "encoder_pool=''" if isinstance(model, CLASSIFIERS) else "global_pool='avg'"
         raise ValueError(
-            f"a RopeViT cannot take over a projector that merges patches ({type(projector).__name__}); "
+            f"RopeViT does not support a projector that merges patches ({type(projector).__name__}); "
             f"create the model with {option}"
         )
     none = nn.Identity()

@@ -1,9 +1,10 @@
-"""Names for rotary models whose weights others publish, as `timm.create_model` takes them.
+"""Names of pretrained rotary models for `timm.create_model`.
 
-Each rotary model of timm's class Eva is registered once more, with `vit_rope_` for its `vit_` or before its name: the
-same architecture as a RopeViT, and the same tags. `pretrained=True` fetches what the tag points to and translates it as
-it loads; a file (`pretrained_cfg_overlay={"file": …}`) may have the layout of timm, of the model's authors or of this
-library. One more name, `vit_rope_from_timm`, does this for any model of timm that `from_timm` or `ropeify` takes.
+Each rotary model of timm's class Eva is also registered as a RopeViT of the same architecture, with
+the same tags; `vit_rope_` replaces the `vit_` of its name, or precedes the name. `pretrained=True`
+downloads the weights of the tag and translates them. A file (`pretrained_cfg_overlay={"file": …}`)
+may have the layout of timm, of the model's authors or of this library. `vit_rope_from_timm` does
+the same for any model of timm that `from_timm` or `ropeify` accepts.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from timm.models import (
     register_model,
 )
 
-from ..models.vit import RopeViT, create
+from ..models.registry import create
+from ..models.vit import RopeViT
 from .architecture import architecture
 
 SOURCES = {
@@ -29,24 +31,25 @@ SOURCES = {
 }
 
 
-def _facts(source: str) -> PretrainedCfg:
+def _pretrained_cfg(source: str) -> PretrainedCfg:
     return get_pretrained_cfg(source) or PretrainedCfg()
 
 
 @cache
 def _arguments(source: str, position: str = "", ape: str = "keep") -> dict[str, Any]:
-    """Arguments of a RopeViT like timm's model of this name, but those that come with its weights."""
+    """Arguments of a RopeViT like timm's model of this name, without those that its pretrained_cfg
+    determines."""
     args = architecture(timm.create_model(source, device="meta"), position, ape)
-    left = {"num_classes", "in_chans"} | ({"img_size"} if _facts(source).fixed_input_size else set())
-    return {key: value for key, value in args.items() if key not in left}
+    excluded = {"num_classes", "in_chans"} | ({"img_size"} if _pretrained_cfg(source).fixed_input_size else set())
+    return {key: value for key, value in args.items() if key not in excluded}
 
 
-def _named(name: str, source: str) -> Callable[..., RopeViT]:
+def _entry_point(name: str, source: str) -> Callable[..., RopeViT]:
     def make(pretrained: bool = False, **kwargs: Any) -> RopeViT:
         return create(name, pretrained, _arguments(source), kwargs)
 
     make.__name__ = make.__qualname__ = name
-    make.__doc__ = f"timm's {source} as a RopeViT, and its weights."
+    make.__doc__ = f"timm's {source} as a RopeViT, with its weights."
     return make
 
 
@@ -61,7 +64,7 @@ default_cfgs = generate_default_cfgs(
 
 
 for name, source in SOURCES.items():
-    register_model(_named(name, source))
+    register_model(_entry_point(name, source))
 
 
 @register_model
@@ -72,9 +75,10 @@ def vit_rope_from_timm(
     ape: str = "keep",
     **kwargs: Any,
 ) -> RopeViT:
-    """timm's model `source` (a name and a tag) as a RopeViT: by `ropeify`, or as it is where it is rotary already."""
+    """timm's model `source` (a name, optionally with a tag) as a RopeViT, converted by `from_timm`
+    if it is rotary and otherwise by `ropeify`."""
     arguments = _arguments(source, position, ape)
     if not kwargs.get("pretrained_cfg"):
-        cfg = dataclasses.replace(_facts(source), architecture="vit_rope_from_timm", tag=None)
+        cfg = dataclasses.replace(_pretrained_cfg(source), architecture="vit_rope_from_timm", tag=None)
         kwargs["pretrained_cfg"] = cfg
     return create("vit_rope_from_timm", pretrained, arguments, kwargs)

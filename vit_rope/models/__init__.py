@@ -1,1 +1,2 @@
-"""Models with positions: `vit`, timm's VisionTransformer, and `dit`, a diffusion transformer that needs diffusers."""
+"""Models with positions: `vit`, timm's VisionTransformer, and `dit`, a diffusion transformer, which
+needs diffusers."""

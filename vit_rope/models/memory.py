@@ -1,39 +1,44 @@
-"""Memory that a model carries from one segment of a long sequence to the next (RMT, arXiv:2207.06881).
+"""Memory that a model carries from one segment of a long sequence to the next (RMT,
+arXiv:2207.06881).
 
-Tiles of a large image, or clips of a video, are too many tokens for one call. Read one after another, they share a few
-memory tokens: registers without a place, which attention writes to and reads from like any other token, and which begin
-each segment as the segment before left them.
+The tiles of a large image, or the clips of a video, are too many tokens for one call. Read one
+after another, they share a few memory tokens: registers without a position, which attention reads
+and writes like any other token. Each segment starts with the memory that the previous one left.
+
+Shapes   S segments, B samples, N tokens, P prefix tokens, M memory tokens, C channels
 """
 
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
 
-@torch.fx.wrap
 def insert_memory(x: Tensor, memory: Tensor | None, prefix: int, count: int) -> Tensor:
-    """Tokens x (B, N, C), the last `count` of their `prefix` replaced by `memory` (B, count, C) if there is any.
+    """Tokens x (B, N, C), with the last `count` of their `prefix` tokens replaced by `memory`
+    (B, count, C) where it is given.
 
-    Raises ValueError for a memory of another shape, or for a model that has none.
+    Raises ValueError for a memory of another shape, or for a model without memory.
     """
     if memory is None:
         return x
-    want = (x.shape[0], count, x.shape[2])
-    if count == 0 or tuple(memory.shape) != want:
-        what = "this model has none; create it with memory_tokens=…" if count == 0 else f"expected {want}"
-        raise ValueError(f"memory of shape {tuple(memory.shape)} was given, but {what}")
+    expected = (x.shape[0], count, x.shape[2])
+    if count == 0 or tuple(memory.shape) != expected:
+        problem = "this model has none; create it with memory_tokens=…" if count == 0 else f"expected {expected}"
+        raise ValueError(f"memory of shape {tuple(memory.shape)} was given, but {problem}")
     return torch.cat((x[:, : prefix - count], memory.to(x.dtype), x[:, prefix:]), dim=1)
 
 
 class Reader(nn.Module):
     """Reads segments one after another with a RopeViT that has `memory_tokens`.
 
-    A gradient flows back through memory into at most `horizon` segments, or into all where that is None: memory is cut
-    loose at such places that the last segment reaches just as many, itself among them, and each of the others those of
-    its group. Raises ValueError for a model without memory or a horizon below 1.
+    Gradients flow back through memory into at most `horizon` segments; None means all of them. The
+    memory is detached after every `horizon` segments, counted back from the last one: the gradient
+    of the last segment reaches `horizon` segments, itself included, and that of any other segment
+    reaches the segments before it in its group.
+
+    Raises ValueError for a model without memory or a horizon below 1.
     """
 
     def __init__(self, model: Any, horizon: int | None = None) -> None:
@@ -50,25 +55,33 @@ class Reader(nn.Module):
         memory: Tensor | None = None,
         coords: Sequence[Tensor] | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits (S, B, classes) of S segments (B, C, *sizes), and the memory (B, M, C) that the last one leaves.
+        """Logits (S, B, classes) of S segments (B, C, *sizes), and the memory (B, M, C) after the
+        last one.
 
-        `memory` is what earlier segments left, None at the beginning. `coords`, an entry for each segment, place the
-        tokens in the whole. Raises ValueError where there are no segments, or coordinates of another number of them.
+        Args:
+            segments: the images of each segment
+            memory: the memory that an earlier call returned; None at the start of a sequence
+            coords: for each segment, the coordinates of its patches in the complete sequence
+
+        Raises ValueError for no segments, or a different number of segments and coordinates.
         """
         if len(segments) == 0 or (coords is not None and len(coords) != len(segments)):
-            placed = "" if coords is None else f" and coordinates of {len(coords)}"
-            raise ValueError(f"expected one segment or more, with coordinates of as many, got {len(segments)}{placed}")
+            given = "" if coords is None else f" and coordinates of {len(coords)}"
+            raise ValueError(
+                f"expected one or more segments, and coordinates of the same number of them, got {len(segments)}{given}"
+            )
         logits = []
         for i, segment in enumerate(segments):
             if memory is not None and self.horizon is not None and (i == 0 or (len(segments) - i) % self.horizon == 0):
                 memory = memory.detach()
-            where = None if coords is None else coords[i]
-            tokens = self.model.forward_features(segment, coords=where, memory=memory)
-            memory = self.carried(tokens)
+            segment_coords = None if coords is None else coords[i]
+            tokens = self.model.forward_features(segment, coords=segment_coords, memory=memory)
+            memory = self.read_memory(tokens)
             logits.append(self.model.forward_head(tokens))
         return torch.stack(logits), cast(Tensor, memory)
 
-    def carried(self, tokens: Tensor) -> Tensor:
-        """The memory (B, M, C) among a segment's tokens, under one norm, wherever the model has it, lest it grow."""
+    def read_memory(self, tokens: Tensor) -> Tensor:
+        """The memory (B, M, C) among the tokens (B, N, C) of a segment, normalized exactly once
+        (by `norm` or `fc_norm`, whichever the model has) so that it does not grow."""
         end = self.model.num_prefix_tokens
         return self.model.fc_norm(tokens[:, end - self.model.memory_tokens : end])

@@ -1,23 +1,27 @@
-"""From images to patches: their vectors, and where they are. One class each for images and for everything else."""
+"""Images to patches: their embeddings and their coordinates.
+
+Shapes   B samples, C channels, A axes, N patches, D channels of a patch embedding
+"""
 
 import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from timm.layers import PatchEmbed
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..positions import Layout
-from ..positions import coords as places
+from ..positions.coords import augment_coords, check_coords, grid
 
 
 class PatchEmbed2d(PatchEmbed):
-    """timm's PatchEmbed to (B, rows, columns, D), without its check of sizes, which makes a graph for each."""
+    """timm's PatchEmbed with output (B, rows, columns, D), without its check of image sizes, which
+    would compile a graph for every size."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to vectors (B, rows, columns, D)."""
+        """Images (B, C, H, W) to embeddings (B, rows, columns, D)."""
         if self.dynamic_img_pad:
             patch = cast(Any, self.patch_size)
             x = nn.functional.pad(x, (0, -x.shape[3] % patch[1], 0, -x.shape[2] % patch[0]))
@@ -25,7 +29,8 @@ class PatchEmbed2d(PatchEmbed):
 
 
 class PatchEmbedNd(nn.Module):
-    """Patches of a signal, video or volume (B, C, *sizes) to vectors (B, *grid, D), with the interface of timm's."""
+    """Patch embedding for any number of axes (signals, video, volumes), with the interface of
+    timm's PatchEmbed: inputs (B, C, *sizes) to embeddings (B, *grid, D)."""
 
     def __init__(
         self,
@@ -46,9 +51,13 @@ class PatchEmbedNd(nn.Module):
         self.set_input_size(img_size)
         self.proj = nn.Linear(in_chans * math.prod(patch_size), embed_dim, bias=bias, device=device, dtype=dtype)
         self.norm = norm_layer(embed_dim, device=device, dtype=dtype) if norm_layer else nn.Identity()
+        axes = range(len(patch_size))  # for two axes: "b c (g0 p0) (g1 p1) -> b g0 g1 (c p0 p1)"
+        cells, pixels = (" ".join(f"{name}{a}" for a in axes) for name in "gp")
+        self.pattern = f"b c {' '.join(f'(g{a} p{a})' for a in axes)} -> b {cells} (c {pixels})"
 
     def set_input_size(self, img_size: Sequence[int] | None = None, patch_size: Sequence[int] | None = None) -> None:
-        """Expect another size; patches of another size are learned anew, so asking for them is a ValueError."""
+        """Change the expected input size. Raises ValueError for another patch size, which needs
+        other weights."""
         if patch_size is not None and tuple(patch_size) != self.patch_size:
             raise ValueError(f"patches of {self.patch_size} cannot be resized on {len(self.patch_size)} axes")
         if img_size is not None:
@@ -57,37 +66,36 @@ class PatchEmbedNd(nn.Module):
             self.num_patches = math.prod(self.grid_size)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, ...]:
-        """How many input cells one output cell covers: the most along any axis, or each."""
+        """Input cells per output cell: the maximum over the axes, or one number for each axis."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: Sequence[int]) -> tuple[int, ...]:
-        """The grid of an input of this size."""
+        """The grid size for an input of this size."""
         up = self.patch_size if self.dynamic_img_pad else (1,) * len(self.patch_size)
         return tuple((n + u - 1) // p for n, p, u in zip(img_size, self.patch_size, up, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Inputs (B, C, *sizes) to embeddings (B, *grid, D)."""
         if self.dynamic_img_pad:
-            pads = [(-n) % p for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
+            pads = [-x.shape[2 + axis] % size for axis, size in enumerate(self.patch_size)]
             x = nn.functional.pad(x, [side for pad in reversed(pads) for side in (0, pad)])
-        for axis, size in enumerate(self.patch_size):  # (B, C, a, b) to (B, C, a/p, p, b/q, q)
-            x = x.unflatten(2 + 2 * axis, (-1, size))
-        count = len(self.patch_size)
-        x = x.permute(0, *range(2, 2 + 2 * count, 2), 1, *range(3, 3 + 2 * count, 2)).flatten(1 + count)
+        x = rearrange(x, self.pattern, **{f"p{a}": size for a, size in enumerate(self.patch_size)})
         return self.norm(self.proj(x))
 
 
 class PatchCoordinates(nn.Module):
-    """Where the patches of images (B, C, *sizes) are: checks the images and makes, or checks, coordinates.
+    """The coordinates of the patches of images (B, C, *sizes): checks the images, then makes
+    coordinates or checks those that the caller gives.
 
-    In training `augment` varies them, the options of `augment_coords`. A module of its own so that tracers take
-    it as one step and nothing in it becomes part of their graph.
+    In training, coordinates that it makes are varied by `augment`, the options of
+    `coords.augment_coords`. It is a module so that tracers treat it as a single step.
     """
 
     def __init__(
         self,
         layout: Layout,
         channels: int,
-        image: tuple[int, ...],
+        image: tuple[int, ...] | None,
         patch: tuple[int, ...],
         pad: bool,
         augment: tuple[float, float, float] = (0.0, 1.0, 1.0),
@@ -101,70 +109,45 @@ class PatchCoordinates(nn.Module):
             )
         self.axes, self.unit, self.origin = layout.axes, layout.unit, layout.origin
         self.channels, self.patch, self.pad = channels, patch, pad
-        self.image: tuple[int, ...] | None = image  # None takes every size
+        self.image = image  # None accepts every size
 
     def forward(self, x: Tensor, coords: Tensor | None = None) -> tuple[Tensor, list[int] | None]:
-        """Coordinates of all patches, and the grid they come from; the caller's own `coords` come from none."""
+        """Coordinates (N, A) or (B, N, A) of all patches, and the size of their grid; None in place
+        of a grid for coordinates that the caller gives. Raises ValueError where they do not fit."""
         self.check_image(x)
         up = self.patch if self.pad else (1,) * len(self.patch)
-        grid = [(n + u - 1) // p for n, p, u in zip(x.shape[2:], self.patch, up, strict=True)]
+        size = [(n + u - 1) // p for n, p, u in zip(x.shape[2:], self.patch, up, strict=True)]
         if coords is None:
-            coords = places.grid(grid, self.unit, self.origin, x.device)
-            return (places.augment_coords(coords, *self.augment) if self.training else coords), grid
-        coords = places.check_coords(coords, self.axes, finite=not torch.compiler.is_compiling())
-        tokens, batch = math.prod(grid), x.shape[0]
+            coords = grid(size, self.unit, self.origin, x.device)
+            return (augment_coords(coords, *self.augment) if self.training else coords), size
+        coords = check_coords(coords, self.axes, finite=not torch.compiler.is_compiling())
+        tokens, batch = math.prod(size), x.shape[0]
         if coords.shape[-2] != tokens or (coords.ndim == 3 and coords.shape[0] not in (1, batch)):
             raise ValueError(
-                f"coordinates of shape {tuple(coords.shape)} do not place {batch} x {tokens} patches; "
+                f"coordinates of shape {tuple(coords.shape)} do not fit {batch} x {tokens} patches; "
                 f"expected ({tokens}, {self.axes}) or ({batch}, {tokens}, {self.axes})"
             )
         return coords.to(x.device), None
 
     def check_image(self, x: Tensor) -> None:
-        """Raise ValueError for another number of axes or channels, or a size that the model does not take."""
+        """Raise ValueError for a wrong number of axes or channels, or a size that does not fit."""
         if x.ndim != 2 + len(self.patch):
             raise ValueError(f"expected images (batch, channels, {len(self.patch)} sizes), got shape {tuple(x.shape)}")
         if x.shape[1] != self.channels:
             raise ValueError(f"the model takes images of {self.channels} channels, got shape {tuple(x.shape)}")
-        sizes = tuple(x.shape[2:])
-        if self.image is not None and sizes != self.image:
+        size = tuple(x.shape[2:])
+        if self.image is not None and size != self.image:
             raise ValueError(
-                f"the model takes images of {format_size(self.image)}, got {format_size(sizes)}; "
-                f"create it with dynamic_img_size=True or call model.set_input_size({sizes})"
+                f"the model takes images of {format_size(self.image)}, got {format_size(size)}; "
+                f"create it with dynamic_img_size=True or call model.set_input_size({size})"
             )
-        if not self.pad and any(n % p for n, p in zip(sizes, self.patch, strict=True)):
+        if not self.pad and any(n % p for n, p in zip(size, self.patch, strict=True)):
             raise ValueError(
-                f"images of {format_size(sizes)} do not divide into patches of {format_size(self.patch)}; "
+                f"images of {format_size(size)} do not divide into patches of {format_size(self.patch)}; "
                 f"crop or resize them, or create the model with dynamic_img_pad=True"
             )
 
 
-register_notrace_module(PatchCoordinates)
-
-
-class Place(nn.Module):
-    """`position.embed` of a model as a module, which tracers take as one step, whatever `add` does with arguments."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.owner = (model,)  # in a tuple, or it would become a part of its own part
-
-    def forward(self, x: Tensor, coords: Tensor, grid: list[int] | None, layer: int) -> Tensor:
-        model: Any = self.owner[0]
-        return model.position.embed(x, coords, grid, layer)
-
-
-register_notrace_module(Place)
-
-
-def format_size(sizes: Sequence[int]) -> str:
-    """Sizes as a person writes them: 224 x 224."""
-    return " x ".join(str(n) for n in sizes)
-
-
-def sizes(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    """One size for each axis, from one for all or one each; ValueError, with the option's name, for anything else."""
-    each = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(each) != axes or any(not isinstance(n, int) or n < 1 for n in each):
-        raise ValueError(f"{name} must be a positive whole number or {axes} of them (one for each axis), got {value!r}")
-    return each
+def format_size(size: Sequence[int]) -> str:
+    """A size in a message, such as "224 x 224"."""
+    return " x ".join(str(n) for n in size)

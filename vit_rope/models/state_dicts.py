@@ -1,7 +1,10 @@
-"""State dicts that others publish, with the names and shapes of a RopeViT's.
+"""Published state dicts, translated to the names and shapes of a RopeViT.
 
-`translate` knows them apart: timm's Eva and VisionTransformer, and what the authors of RoPE-ViT (arXiv:2403.13298),
-DINOv3 (arXiv:2508.10104), EVA-02, Perception Encoder, Sapiens2, Qwen3 and DeepSeek publish themselves.
+`translate` recognizes the layout of a state dict by its keys: timm's Eva and VisionTransformer, and
+the layouts that the authors of RoPE-ViT (arXiv:2403.13298), DINOv3 (arXiv:2508.10104), EVA-02,
+Perception Encoder, Sapiens2, Qwen3 and DeepSeek publish.
+
+Shapes   L layers, H heads, R channel pairs of a head, N patches, C channels
 """
 
 import math
@@ -18,14 +21,17 @@ from torch import Tensor
 
 from ..positions.absolute.learned import Learned
 from ..positions.absolute.wrappers import Gate
+from .patches import PatchEmbedNd
 
 Weights = dict[str, Tensor]
 
 
 def from_eva(state: Weights, column_first: bool = True) -> Weights:
-    """timm's Eva: queries, keys and values become one projection, scales modules, frequencies (L, H, axes, R).
+    """Weights of timm's Eva.
 
-    `column_first` says that the axes of learned frequencies are (x, y), as in every published model.
+    Queries, keys and values become one projection, layer scales become modules, and frequencies get
+    the shape (L, H, axes, R). `column_first` states that the axes of learned frequencies are (x,
+    y), as in every published model.
     """
     out = {key: value for key, value in state.items() if not re.search(r"attn\.([qkv]_proj|[qkv]_bias)", key)}
     out = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key): value for key, value in out.items()}
@@ -44,13 +50,14 @@ def from_eva(state: Weights, column_first: bool = True) -> Weights:
     for attn in _prefixes(state, "q_bias"):
         q, v = state[f"{attn}q_bias"], state[f"{attn}v_bias"]
         out[f"{attn}qkv.bias"] = torch.cat((q, torch.zeros_like(q), v))
-    for block in _prefixes(out, "ls1.gamma"):  # a scale on attention alone
+    for block in _prefixes(out, "ls1.gamma"):  # a layer scale on attention only
         out.setdefault(f"{block}ls2.gamma", torch.ones_like(out[f"{block}ls1.gamma"]))
     return out
 
 
 def from_rope_vit(state: Weights, heads: int) -> Weights:
-    """RoPE-ViT's own: learned frequencies (2, L, H * R) of (x, y), and tables of coordinates that nobody needs."""
+    """Weights by the authors of RoPE-ViT: learned frequencies (2, L, H * R) of (x, y), and tables
+    of coordinates, which are dropped."""
     state = {key: value for key, value in state.items() if not key.startswith("freqs_t_")}
     if "freqs" in state:
         state["rope.freqs"] = state.pop("freqs").unflatten(-1, (heads, -1))
@@ -58,8 +65,9 @@ def from_rope_vit(state: Weights, heads: int) -> Weights:
 
 
 def from_dinov3(state: Weights) -> Weights:
-    """DINOv3's own: registers, a SwiGLU of three matrices, a masked bias of keys, and pretraining's leftovers."""
-    left = r"mask_token|bias_mask$|^rope_embed\.|^local_cls_norm|^projectors\."
+    """Weights by the authors of DINOv3: registers, a SwiGLU of three matrices, a masked bias of
+    keys, and parts that only pretraining uses, which are dropped."""
+    unused = r"mask_token|bias_mask$|^rope_embed\.|^local_cls_norm|^projectors\."
     names = {
         "storage_tokens": "reg_token",
         ".mlp.w1.": ".mlp.fc1_g.",
@@ -68,10 +76,10 @@ def from_dinov3(state: Weights) -> Weights:
     }
     out = {}
     for key, value in state.items():
-        if re.search(left, key):
+        if re.search(unused, key):
             continue
-        for theirs, ours in names.items():
-            key = key.replace(theirs, ours)
+        for source, target in names.items():
+            key = key.replace(source, target)
         if key.endswith("qkv.bias"):
             q, k, v = value.chunk(3)
             value = torch.cat((q, torch.zeros_like(k), v))
@@ -80,28 +88,31 @@ def from_dinov3(state: Weights) -> Weights:
 
 
 def from_encoder(state: Weights, model: Any) -> Weights:
-    """timm's or their own Qwen3-ViT and DeepSeek-ViT, without projectors, which leave out what is only 0s or 1s.
+    """Weights of Qwen3-ViT and DeepSeek-ViT, in timm's layout or their authors', without
+    projectors.
 
-    Qwen3's table of a square grid is resampled as that model does, linearly between the cells at the borders.
+    Biases and scales that these models do not have become zeros and ones. Qwen3's table of a square
+    grid is resampled as in that model, linearly between the cells at the borders.
     """
-    theirs = SimpleNamespace(merger=None, aligner=None, patch_embed=model.patch_embed)
+    target = SimpleNamespace(merger=None, aligner=None, patch_embed=model.patch_embed)
     filters = qwen3_vit if any("pos_embed" in key for key in state) else deepseek_vit
-    out = filters.checkpoint_filter_fn_encoder(dict(state), cast(Any, theirs))
-    if any(key.startswith("encoder.") for key in state):  # else a head is that of a language model
+    out = filters.checkpoint_filter_fn_encoder(dict(state), cast(Any, target))
+    if any(key.startswith("encoder.") for key in state):  # otherwise the head belongs to a language model
         out |= {key: value for key, value in state.items() if key.startswith("head.")}
     if "pos_embed" in out:
         side = math.isqrt(out["pos_embed"].shape[1])
         out["pos_embed"] = qwen3_vit.resample_pos_embed_grid(out["pos_embed"], side, model.patch_embed.grid_size)
-    for key, like in model.state_dict().items():
+    for key, value in model.state_dict().items():
         if key not in out and re.search(r"\.mlp\..*bias$|^fc_norm\.", key):
-            out[key] = torch.full(like.shape, float(key == "fc_norm.weight"))
+            out[key] = torch.full(value.shape, float(key == "fc_norm.weight"))
     return out
 
 
 def move_table(weights: Weights, model: Any) -> Weights:
-    """Weights whose learned table (1, prefix + N, C) the model does not have, with it where the model has one, or gone.
+    """Weights with a learned table (1, prefix + N, C), for a model without `pos_embed`: the table
+    moves to the scheme `learned` of the model's positions, or is dropped where there is none.
 
-    Its rows for class and register tokens say nothing of places, so they join those tokens.
+    The rows for class and register tokens hold no position, so they are added to those tokens.
     """
     if model.pos_embed is not None or "pos_embed" not in weights:
         return weights
@@ -119,32 +130,34 @@ def move_table(weights: Weights, model: Any) -> Weights:
 
 
 def _grid(model: Any, patch: Sequence[int], cells: int) -> tuple[int, ...]:
-    """The grid of a table of so many cells: that of the images that its weights are known to come from, or a square."""
+    """The grid of a table with this number of cells: the grid of the pretraining images if it has
+    that number of cells, otherwise a square."""
     known = getattr(model, "pretrained_model_args", {}).get("img_size")
     size = known or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-2:]
     grid = tuple(n // p for n, p in zip(cast(Any, to_2tuple(size)), patch, strict=False))
     return grid if math.prod(grid) == cells else (math.isqrt(cells),) * 2
 
 
-def by_timm(state: Weights, model: Any) -> Weights:
-    """What timm knows to translate for its class Eva."""
+def filter_as_eva(state: Weights, model: Any) -> Weights:
+    """Weights in any layout that timm translates for its class Eva."""
     return from_eva(eva.checkpoint_filter_fn(state, model))
 
 
-def by_timms_vit(state: Weights, model: Any) -> Weights:
-    """What timm knows to translate for its VisionTransformer, of OpenAI's CLIP, DINOv2 and others."""
-    images = model.patch_embed.proj.weight.ndim == 4  # timm knows no signals and no video
+def filter_as_vit(state: Weights, model: Any) -> Weights:
+    """Weights in any layout that timm translates for its VisionTransformer: OpenAI's CLIP, DINOv2
+    and others."""
+    images = model.patch_embed.proj.weight.ndim == 4  # timm supports neither signals nor video
     return vision_transformer.checkpoint_filter_fn(state, model) if images else state
 
 
-LAYOUTS: dict[str, tuple[str, Callable[[Weights, Any], Weights]]] = {  # the keys that tell, and the translation
+LAYOUTS: dict[str, tuple[str, Callable[[Weights, Any], Weights]]] = {  # a pattern of the keys, and the translation
     "RoPE-ViT's own": (r"freqs|freqs_t_x", lambda state, net: from_rope_vit(state, net.blocks[0].attn.num_heads)),
-    "Sapiens2's own": (r"blocks\.0\.attn\.wq\.weight", by_timm),
+    "Sapiens2's own": (r"blocks\.0\.attn\.wq\.weight", filter_as_eva),
     "DINOv3's own": (r"storage_tokens", lambda state, net: from_dinov3(state)),
-    "Perception Encoder's own": (r"(visual\.)?conv1\.weight", by_timm),
+    "Perception Encoder's own": (r"(visual\.)?conv1\.weight", filter_as_eva),
     "EVA-02's own": (
         r"(visual\.)?blocks\.0\.(mlp\.w1\.weight|attn\.rope\.freqs_cos)|visual\.(trunk\.)?blocks\.0\.attn\.q_proj\.weight",
-        by_timm,
+        filter_as_eva,
     ),
     "Qwen3's and DeepSeek's, timm's and their own": (
         r"encoder\.blocks\..*|(vlm\.)?model\.visual\..*|vision\..*|merger\..*|aligner\..*",
@@ -154,34 +167,46 @@ LAYOUTS: dict[str, tuple[str, Callable[[Weights, Any], Weights]]] = {  # the key
         r"blocks\.0\.(gamma_1|attn\.q_bias|attn\.q_proj\.weight)|rope\.freqs",
         lambda state, net: from_eva(state),
     ),
-    "timm's and vit_rope's ViT": (r".*", by_timms_vit),
+    "timm's and vit_rope's ViT": (r".*", filter_as_vit),
 }
 
 
-def translate(state: dict[str, Any], model: Any) -> Weights:
-    """Weights of any known layout with the names of this RopeViT, beside its own positions where they know none.
+def checkpoint_filter_fn(state_dict: Weights, model: Any) -> Weights:
+    """timm's hook for loading weights: any known layout as this model needs it, with patch kernels
+    and tables of other sizes resampled."""
+    state_dict = translate(state_dict, model)
+    if not isinstance(model.patch_embed, PatchEmbedNd):
+        state_dict = vision_transformer.checkpoint_filter_fn(state_dict, model)
+    tables = {f"{name}.table": module for name, module in model.named_modules() if isinstance(module, Learned)}
+    return {key: tables[key].fit(value) if key in tables else value for key, value in state_dict.items()}
 
-    Raises ValueError where less than half of the model is found in them, with the layouts tried, the nearest first.
+
+def translate(state: dict[str, Any], model: Any) -> Weights:
+    """Weights of any known layout with the names of this RopeViT, which keeps its own positions if
+    the weights have none.
+
+    Raises ValueError where they hold less than half of the model's names; the message lists the
+    layouts that were tried, the best match first.
     """
     while inner := next((state[key] for key in ("model_ema", "model", "module", "state_dict") if key in state), None):
         state = inner
     compare_periods(state, model)
-    wanted = set(model.state_dict())
-    ours = next(ours for pattern, ours in LAYOUTS.values() if not state or any(re.fullmatch(pattern, k) for k in state))
-    weights = dict(ours(state, model))
-    if 2 * len(wanted & set(weights)) < len(wanted):
-        raise ValueError(f"these weights are of none of the known layouts: {_tried(state, model, wanted)}")
-    for key in [key for key in weights if key.endswith("attn.qkv.bias") and key not in wanted]:
-        if not weights[key].any():  # published beside models of the same weights without it
+    names = set(model.state_dict())
+    convert = next(fn for pattern, fn in LAYOUTS.values() if not state or any(re.fullmatch(pattern, k) for k in state))
+    weights = dict(convert(state, model))
+    if 2 * len(names & set(weights)) < len(names):
+        raise ValueError(f"these weights are of none of the known layouts: {_match_counts(state, model, names)}")
+    for key in [key for key in weights if key.endswith("attn.qkv.bias") and key not in names]:
+        if not weights[key].any():  # the same weights are also published without this bias
             del weights[key]
     if "pos_embed" in weights and not any(key.startswith("position.") for key in weights):
-        own = model.state_dict()  # weights of a model whose positions were its table: ours are new
-        weights |= {key: own[key] for key in wanted if key.startswith("position.")}
+        initial = model.state_dict()  # the weights' positions were the table: those of the model are new
+        weights |= {key: initial[key] for key in names if key.startswith("position.")}
     return move_table(weights, model)
 
 
 def compare_periods(state: Weights, model: Any) -> None:
-    """Warn where DINOv3's own file carries periods that were rounded to bfloat16, and the model's are not.
+    """Warn where a file of DINOv3's authors has periods rounded to bfloat16 and the model does not.
 
     Meta publishes such tables; timm computes periods in float32. A cosine differs by up to 0.006.
     """
@@ -190,24 +215,24 @@ def compare_periods(state: Weights, model: Any) -> None:
         return
     if torch.equal(periods.float(), periods.bfloat16().float()):
         warnings.warn(
-            "the file's rotary periods are rounded to bfloat16, this model's are not, as in timm; for the tables that "
-            "the file comes with create the model with position='dinov3(periods=\"bfloat16\")'",
+            "the file's rotary periods are rounded to bfloat16, those of this model are not, as in timm; to use the "
+            "file's tables create the model with position='dinov3(periods=\"bfloat16\")'",
             stacklevel=2,
         )
 
 
-def _tried(state: Weights, model: Any, wanted: set[str]) -> str:
-    """Each layout with how many of the model's names it finds, the nearest first."""
-    found = {}
-    for name, (_, ours) in LAYOUTS.items():
+def _match_counts(state: Weights, model: Any, names: set[str]) -> str:
+    """Every layout with the number of the model's names that it yields, the best match first."""
+    counts = {}
+    for layout, (_, convert) in LAYOUTS.items():
         try:
-            found[name] = len(wanted & set(ours(dict(state), model)))
-        except (KeyError, RuntimeError, ValueError, AttributeError):  # not even the keys that it begins with
-            found[name] = 0
-    order = sorted(found, key=lambda name: -found[name])
-    return ", ".join(f"{name} ({found[name]} of {len(wanted)} names)" for name in order)
+            counts[layout] = len(names & set(convert(dict(state), model)))
+        except (KeyError, RuntimeError, ValueError, AttributeError):  # keys that this layout needs are missing
+            counts[layout] = 0
+    order = sorted(counts, key=lambda layout: -counts[layout])
+    return ", ".join(f"{layout} ({counts[layout]} of {len(names)} names)" for layout in order)
 
 
 def _prefixes(state: Weights, name: str) -> list[str]:
-    """What stands before `name` in the keys that end with it."""
+    """The prefixes of all keys that end with `name`."""
     return [key.removesuffix(name) for key in state if key.endswith(f".{name}")]
