@@ -6,20 +6,16 @@ scheme it is.
 Shapes   B samples, H heads, N queries, M keys, D channels of a head, E channels of a value
 """
 
-from collections.abc import Sequence
-
 import torch
-import torch.fx
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.module import _global_forward_hooks
 
 from .ops.rotate import rotate_groups
-from .positions.encoding import Encoding, RelativeTerm
+from .ops.softmax import attention_weights, masked
+from .positions.encoding import Encoding
 from .positions.transform import Transform, check_tokens
 
 
-@torch.fx.wrap
 def attend(
     q: Tensor,
     k: Tensor,
@@ -47,7 +43,7 @@ def attend(
     width, scale = v.shape[-1], q.shape[-1] ** -0.5 * encoding.scale
     bias = encoding.added_logits(q, k, layer, scale)
     if bias is not None:
-        mask, causal = _with_mask(bias.to(v.dtype), mask, causal), False
+        mask, causal = masked(bias.to(v.dtype), mask, causal), False
     overwrite = overwrite and not encoding.reads_content()
     q = encoding.apply("q", q, layer, overwrite)
     k = encoding.apply("k", k, layer, overwrite)
@@ -63,11 +59,12 @@ def attend(
         grouped = not torch.jit.is_tracing() and q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped)
     else:
-        out = _explicit(q, k, v, mask, causal, dropout, scale, values)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) if t.shape[1] != q.shape[1] else t for t in (k, v))
+        weights = attention_weights(q, k, mask, causal, dropout, scale)
+        out = sum((term.mixture(weights) for term in values), weights @ v)
     return encoding.apply("out", out[..., :width], layer)
 
 
-@torch.fx.wrap
 def attend_qkv(
     qkv: Tensor,
     heads: int,
@@ -99,7 +96,6 @@ def attend_qkv(
     return attend(q, k, v, encoding._replace(q=Transform()), layer, mask, causal, dropout, fused, overwrite)
 
 
-@torch.fx.wrap
 def attend_linear(
     q: Tensor,
     k: Tensor,
@@ -152,44 +148,3 @@ def check_linear(encoding: Encoding) -> None:
         raise ValueError("linear attention has no logits, so a scheme that adds a bias to them cannot be used")
     if encoding.polar:
         raise ValueError("linear attention has its own features, so a scheme that makes others cannot be used")
-
-
-def has_no_hooks(*projections: nn.Module) -> bool:
-    """Whether only attention sees the outputs of these modules: a forward hook may keep them (e.g.
-    DINO's keys).
-    """
-    return not (_global_forward_hooks or any(module._forward_hooks for module in projections))
-
-
-def _explicit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    dropout: float,
-    scale: float,
-    values: Sequence[RelativeTerm],
-) -> Tensor:
-    """Attention step by step, for exporters and for terms that act on values, which need the
-    weights.
-    """
-    if q.shape[1] != k.shape[1]:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    logits = q * scale @ k.transpose(-2, -1)
-    if mask is not None or causal:
-        logits = _with_mask(logits, mask, causal)
-    weights = F.dropout(logits.softmax(dim=-1), dropout)
-    out = weights @ v
-    for term in values:
-        out = out + term.mixture(weights)
-    return out
-
-
-def _with_mask(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """A bias (…, N, M) with the mask applied, in the bias's dtype."""
-    if causal:
-        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
-    if mask is None:
-        return bias
-    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask.to(bias.dtype)

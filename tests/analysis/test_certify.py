@@ -9,9 +9,9 @@ import torch
 from vit_rope.analysis import CertificateError, assert_relative, assert_reversible, relativity_error
 from vit_rope.models.vit import RopeViT
 from vit_rope.positions import Encoding, Layout, Position, Rotary, build
-from vit_rope.positions.rotary.base import geometric, rotation_of
+from vit_rope.positions.rotary.base import geometric
 from vit_rope.positions.rotary.generators import exponential
-from vit_rope.positions.transform import Transform
+from vit_rope.positions.transform import Transform, rotation_of
 
 LAYOUT = Layout(width=48, heads=2, grid=(6, 7), depth=2)
 

@@ -201,7 +201,9 @@ def test_a_failed_export_keeps_the_previous_one(tmp_path, monkeypatch):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(sampling, "save", full)
-    with pytest.raises(OSError, match=r"^could not write .*exported: .*No space left .*; the previous version is unchanged"):
+    with pytest.raises(
+        OSError, match=r"^could not write .*exported: .*No space left .*; the previous version is unchanged"
+    ):
         module.export(folder, state, {})
     assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")} == before
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]

@@ -13,7 +13,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..attention import attend, attend_linear, attend_qkv, has_no_hooks
+from ..attention import attend, attend_linear, attend_qkv
+from ..ops.rotate import has_no_hooks
 from ..positions import Encoding
 from .tracing import is_traced
 
@@ -132,3 +133,17 @@ def last(tokens: Iterator[Tensor]) -> Tensor:
     for x in tokens:  # noqa: B007
         pass
     return x
+
+
+def as_timm(maps: list[Tensor], prefix: list[Tensor] | None, features: Tensor | None, output_dict: bool) -> Any:
+    """The results of `forward_intermediates` in timm's forms: a dictionary, a list, or a pair with
+    the final tokens.
+
+    `maps` (B, C, *grid) or (B, N, C), `prefix` (B, prefix, C) and `features` (B, prefix + N, C),
+    the latter two None where they were not asked for.
+    """
+    if output_dict:
+        entries = {"image_intermediates": maps, "image_intermediates_prefix": prefix, "image_features": features}
+        return {name: value for name, value in entries.items() if value is not None}
+    results = maps if prefix is None else list(zip(maps, prefix, strict=True))
+    return results if features is None else (features, results)

@@ -24,7 +24,7 @@ from ..attention import check_linear
 from ..positions import Encoding, Layout, build
 from ..positions.coords import take_coords
 from ..positions.specs import rebuild
-from .block import RopeBlock, last, run_blocks
+from .block import RopeBlock, as_timm, last, run_blocks
 from .memory import insert_memory
 from .options import check_options, patch_layout, sizes_per_axis
 from .patches import PatchCoordinates, PatchEmbed2d, PatchEmbedNd
@@ -242,19 +242,9 @@ class RopeViT(VisionTransformer):
             if i in indices_to_take:
                 intermediates.append(self.norm(tokens) if norm else tokens)
         features = None if intermediates_only else self.norm(tokens)
-        prefix = [t[:, : self.num_prefix_tokens] for t in intermediates]
-        maps = [t[:, self.num_prefix_tokens :] for t in intermediates]
+        prefix = self.num_prefix_tokens if return_prefix_tokens else 0
+        maps = [tokens[:, self.num_prefix_tokens :] for tokens in intermediates]
         if output_fmt == "NCHW":
-            maps = [t.transpose(1, 2).unflatten(2, grid).contiguous() for t in maps]
-        if output_dict:
-            result: dict[str, Any] = {"image_intermediates": maps}
-            if return_prefix_tokens and self.num_prefix_tokens:
-                result["image_intermediates_prefix"] = prefix
-            if not intermediates_only:
-                result["image_features"] = features
-            return result
-        if return_prefix_tokens and self.num_prefix_tokens:
-            maps = list(zip(maps, prefix, strict=True))
-        if intermediates_only:
-            return maps  # pyrefly: ignore[bad-return]  pairs with the prefix tokens, as in timm
-        return features, maps  # pyrefly: ignore[bad-return]
+            maps = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in maps]
+        prefixes = [tokens[:, :prefix] for tokens in intermediates] if prefix else None
+        return as_timm(maps, prefixes, features, output_dict)

@@ -16,8 +16,9 @@ Stride   distance between the two channels of a pair: 1 interleaved, R half, R /
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks
 
 from .eager import accumulation_dtype, is_eager, needs_grad, rotate_into
 from .gradient import angle_gradient, rotate_back, table_gradient
@@ -112,3 +113,10 @@ def _rotate_eagerly(
     out = torch.empty_like(part, memory_format=torch.contiguous_format)
     rotate_into(part, cos_sin, stride, prefix, out)
     return (*out.transpose(1, 3).unbind(2), *x[:, :, count:].transpose(1, 3).unbind(2))
+
+
+def has_no_hooks(*projections: nn.Module) -> bool:
+    """Whether only attention sees the outputs of these modules: a forward hook may keep them (e.g.
+    DINO's keys).
+    """
+    return not (_global_forward_hooks or any(module._forward_hooks for module in projections))

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.fx
 from torch import Tensor
 
 Unit = Literal["index", "centered", "centered_shorter", "centered_longer"]
@@ -132,7 +131,6 @@ def augment_coords(coords: Tensor, shift: float = 0.0, jitter: float = 1.0, resc
     return coords
 
 
-@torch.fx.wrap
 def take_coords(coords: Tensor, keep: Tensor) -> Tensor:
     """Select coordinates (B, K, A) of the tokens `keep` (B, K), from (N, A) or (B, N, A)."""
     if coords.ndim == 2:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops.tables import cos_sin
 
+TABLES = 64 * 2**20  # bytes that the tables of all layers may take together; beyond, each layer makes its own
 T = TypeVar("T")
 
 
@@ -124,6 +125,18 @@ def change_basis(x: Tensor, basis: Tensor, prefix: int, what: str) -> Tensor:
         blocks = patches.unflatten(-1, (basis.shape[3], -1))
         patches = torch.einsum("bhnsd,bnhsde->bhnse", blocks, basis).flatten(-2)
     return torch.cat((x[:, :, :prefix], patches.to(x.dtype)), dim=2)
+
+
+def rotation_of(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None) -> Transform:
+    """Rotation by frequencies (L, H, A, R) at coords (N, A) or (B, N, A): tables, deferred if they
+    are too large.
+    """
+    if not torch.compiler.is_compiling() and len(freqs) > 1:
+        layers, heads, _, pairs = freqs.shape
+        if 2 * layers * heads * pairs * coords.shape[:-1].numel() * freqs.element_size() > TABLES:
+            sizes = None if grid is None else list(grid)
+            return Transform(deferred=[DeferredRotation(layer, coords, sizes) for layer in freqs.split(1)])
+    return Transform(rotation=list(cos_sin(freqs, coords, grid).unbind(0)))
 
 
 def check_tokens(encoded: int, tokens: int, what: str) -> None:

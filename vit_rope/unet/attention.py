@@ -18,7 +18,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention import attend, attend_linear, attend_qkv, has_no_hooks
+from ..attention import attend, attend_linear, attend_qkv
+from ..ops.rotate import has_no_hooks
 from ..positions import Encoding, Position
 from .maps import (
     AttentionKind,

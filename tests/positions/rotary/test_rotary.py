@@ -16,9 +16,8 @@ from timm.layers.pos_embed_sincos import (
 from tests import oracles
 from vit_rope.attention import attend, attend_qkv
 from vit_rope.ops.rotate import rotate
-from vit_rope.positions import Layout, Rotary, build
+from vit_rope.positions import Layout, Rotary, build, transform
 from vit_rope.positions.coords import grid
-from vit_rope.positions.rotary import base
 
 
 def rotated(position, coords, x):
@@ -268,8 +267,8 @@ def test_tables_that_are_too_large_together_are_made_layer_by_layer(spec, monkey
     position, coords = build(spec, layout), layout.coords()
     q, k, v = torch.randn(3, 2, 2, 13, 16)
     found = []
-    for room in (base.TABLES, 0):
-        monkeypatch.setattr(base, "TABLES", room)
+    for room in (transform.TABLES, 0):
+        monkeypatch.setattr(transform, "TABLES", room)
         encoding = position(coords, prefix=1, grid=[3, 4])
         if "axial" not in spec:  # a sum of rotations needs both tables
             assert (encoding.q.deferred is None) == (room > 0)

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from ...ops.rotate import rotate
 from ...ops.tables import cos_sin
-from ..base import Layout
-from ..encoding import Encoding
-from ..rotary.base import Rotary, geometric
+from ..base import Layout, no_autocast
+from ..rotary.base import geometric
 from ..specs import register
 from .base import Absolute
 
@@ -25,8 +24,8 @@ class SinCos(Absolute):
     """Fixed sines and cosines of the coordinates (arXiv:1706.03762).
 
     Axes have equal shares of the channels. Each has P frequencies base^(-j/P) and fills P sines,
-    then P cosines. Rows come first, as
-    in MAE (arXiv:2111.06377). Remaining channels, at the end, are zero. With axes=1 the single axis
+    then P cosines. Rows come first, as in
+    MAE (arXiv:2111.06377). Remaining channels, at the end, are zero. With axes=1 the single axis
     is the flattened grid.
 
     Raises ValueError for a wrong number of axes, a base of 0 or less, or a width that is too small.
@@ -117,7 +116,7 @@ class Fourier(Absolute):
 
 
 @register
-class ComplexOrder(Rotary):
+class ComplexOrder(Absolute):
     """Channel pairs of a token, r e^{i phi}, rotated by its position: r e^{i (omega p + phi)}.
 
     Complex-valued embeddings (arXiv:1912.12333): amplitude and phase come from the token.
@@ -128,9 +127,6 @@ class ComplexOrder(Rotary):
     small, or a base of 0 or less.
     """
 
-    relative = False
-    reversible = True
-
     def __init__(self, layout: Layout, base: float = 10000.0) -> None:
         pairs, axes = layout.width // (2 * layout.axes), layout.axes
         if pairs == 0 or base <= 0:
@@ -138,13 +134,19 @@ class ComplexOrder(Rotary):
                 f"complexorder needs a positive base and channel pairs for each of {axes} axes, "
                 f"got base {base} and width {layout.width}"
             )
-        freqs = torch.zeros(1, 1, axes, axes * pairs, dtype=torch.float64, device="cpu")
+        super().__init__()
+        freqs = torch.zeros(1, 1, axes, axes * pairs, device="cpu")
         for axis in range(axes):
             freqs[..., axis, axis * pairs : (axis + 1) * pairs] = geometric(pairs, base)
-        super().__init__(freqs, learned=True)
+        self.initial = freqs
+        self.freqs = nn.Parameter(torch.empty(freqs.shape))
+        self.reset_parameters()
 
-    def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
-        return Encoding()
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.freqs.copy_(self.initial)
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
-        return rotate(x[:, None], cos_sin(self.frequencies(coords), coords, grid)[0])[:, 0]
+        with no_autocast(coords.device):
+            table = cos_sin(self.freqs.to(coords.dtype), coords, grid)[0]
+        return rotate(x[:, None], table)[:, 0]

@@ -24,14 +24,12 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from ...ops.tables import cos_sin
 from ..base import Position
 from ..encoding import Encoding
-from ..transform import DeferredRotation, Transform
+from ..transform import rotation_of
 from .changes import Change
 
 Pairs = Literal["interleaved", "half", "axis"]
-TABLES = 64 * 2**20  # bytes that the tables of all layers may take together; beyond, each layer makes its own
 
 
 def geometric(count: int, base: float) -> Tensor:
@@ -39,18 +37,6 @@ def geometric(count: int, base: float) -> Tensor:
     libraries.
     """
     return 1.0 / base ** (torch.arange(count, dtype=torch.float32, device="cpu") / max(count, 1))
-
-
-def rotation_of(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None) -> Transform:
-    """Rotation by frequencies (L, H, A, R) at coords (N, A) or (B, N, A): tables, deferred if they
-    are too large.
-    """
-    if not torch.compiler.is_compiling() and len(freqs) > 1:
-        layers, heads, _, pairs = freqs.shape
-        if 2 * layers * heads * pairs * coords.shape[:-1].numel() * freqs.element_size() > TABLES:
-            sizes = None if grid is None else list(grid)
-            return Transform(deferred=[DeferredRotation(layer, coords, sizes) for layer in freqs.split(1)])
-    return Transform(rotation=list(cos_sin(freqs, coords, grid).unbind(0)))
 
 
 class Rotary(Position):

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from ..base import Layout, Position
 from ..encoding import Encoding
 from ..specs import register
-from ..transform import Transform
+from ..transform import Transform, rotation_of
 from .axial import axial
-from .base import Pairs, Rotary, geometric, rotation_of
+from .base import Pairs, Rotary, geometric
 
 
 class Exact(Rotary):

@@ -14,9 +14,9 @@ from ...ops.tables import angles
 from ..base import Layout
 from ..encoding import Encoding
 from ..specs import register
-from ..transform import Transform
+from ..transform import Transform, rotation_of
 from .axial import axial
-from .base import Pairs, Rotary, rotation_of
+from .base import Pairs, Rotary
 
 
 @register
