@@ -1,6 +1,6 @@
-"""What all tests share."""
+"""Settings for all tests."""
 
 import os
 
-# one thread for each process: tests run side by side, and threads that wait for each other's cores stall
+# one thread per process: tests run in parallel, and threads that wait for busy cores stall
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -215,7 +215,7 @@ def dit_denoiser(size=8, classes=0, **options):
     """A tiny RopeDiT as a Denoiser of (B, 1, size, size), conditional if there are classes."""
     from vit_rope.models.dit import RopeDiT
     from vit_rope.sampling import Denoiser
-    from vit_rope.training.diffusion import make_noise
+    from vit_rope.training.objective import make_noise
 
     torch.manual_seed(0)
     labels = classes + 1 if classes else None
@@ -226,7 +226,7 @@ def dit_denoiser(size=8, classes=0, **options):
 def unet_denoiser(size=16, channels=3):
     """A tiny RopeUNet2DModel as a Denoiser of (B, channels, size, size)."""
     from vit_rope.sampling import Denoiser
-    from vit_rope.training.diffusion import make_noise
+    from vit_rope.training.objective import make_noise
     from vit_rope.unet import RopeUNet2DModel
 
     torch.manual_seed(0)

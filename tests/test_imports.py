@@ -1,4 +1,6 @@
-"""Imports point to lower layers only, no two packages import each other, and importing the library stays light."""
+"""Imports point to lower layers only, no two packages import each other, and importing the library
+stays light.
+"""
 
 import ast
 import subprocess
@@ -37,7 +39,7 @@ def layer(name: str) -> int:
 
 
 def imports(path: Path):
-    """(inside, name): modules of vit_rope and outside packages that a file imports, anywhere in it."""
+    """(inside, name): modules of vit_rope and outside packages that a file imports, anywhere."""
     package = ["vit_rope", *path.relative_to(ROOT).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -74,7 +76,9 @@ def test_positions_and_operations_need_torch_only():
 
 
 def units() -> dict[str, set[str]]:
-    """What each package or module, at every depth, imports of its siblings: {"": …, "positions": …}."""
+    """What each package or module, at every depth, imports of its siblings: {"": …, "positions":
+    …}.
+    """
     graph: dict[str, set[str]] = {}
     for path in FILES:
         own = path.relative_to(ROOT).with_suffix("").parts
@@ -89,7 +93,9 @@ def units() -> dict[str, set[str]]:
 
 
 def test_no_two_packages_import_each_other():
-    """Transitively, and at every depth: among the parts of the library, and among the parts of each package."""
+    """Transitively, and at every depth: among the parts of the library, and among the parts of each
+    package.
+    """
     graph = units()
 
     def reachable(start: str) -> set[str]:

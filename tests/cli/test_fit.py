@@ -118,7 +118,7 @@ def test_unknown_key_in_a_file(tmp_path, capsys):
 
 
 def test_errors_before_the_first_step_are_one_line(config, monkeypatch):
-    with pytest.raises(SystemExit, match=r"^error: timm knows no model 'nonsense'") as caught:
+    with pytest.raises(SystemExit, match=r"^error: timm has no model 'nonsense'") as caught:
         main(["fit", *config, "--model.model", "nonsense"])
     assert "\n" not in str(caught.value.code)
     monkeypatch.setenv("RANK", "3")

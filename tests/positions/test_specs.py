@@ -65,7 +65,7 @@ def test_sums_are_flat_and_keep_their_order():
         ("axial - mixed", "expected name, name(option=value) or a sum of these, not 'axial - mixed'"),
         ("os.system('x')", "expected name, name(option=value) or a sum of these, not \"os.system('x')\""),
         ("mixed(learned=1)", "mixed(learned=…) takes True or False, got 1"),
-        ("sincos(axes=3)", "sincos(axes=…) is 1 or the grid's own number of axes, 2, got 3"),
+        ("sincos(axes=3)", "sincos(axes=…) must be 1 or the number of axes of the grid, 2, got 3"),
         ("learned(std=-1)", "learned needs a standard deviation of 0 or more, got -1"),
         ("flat(base=0)", "flat needs a positive base, got 0"),
         ("mixed(base=0)", "mixed needs a positive base and fastest, got base 0 and fastest 1.0"),

@@ -27,7 +27,8 @@ from vit_rope.plots import plot_study
 from vit_rope.sampling import SCHEDULERS, Denoiser, SampleConfig, load, sample, sample_batches
 from vit_rope.training import quality
 from vit_rope.training.data import in_memory
-from vit_rope.training.diffusion import Diffusion, make_noise, make_target, snr_weight
+from vit_rope.training.diffusion import Diffusion
+from vit_rope.training.objective import make_noise, make_target, snr_weight
 from vit_rope.training.quality import Inception, Judge, connected_parts, copy_error, frechet_distance, scores
 from vit_rope.unet import RopeUNet2DModel
 

@@ -1,7 +1,8 @@
 """Position schemes: functions of coordinates.
 
-The folders are the families of schemes; `base` states what a scheme is, `coords` where tokens are, `specs` how a scheme
-is named. The code here needs torch only, although importing it through `vit_rope` also loads timm.
+The folders are the families of schemes; `base` states what a scheme is, `coords` where tokens are,
+`specs` how a scheme is named. The code here needs torch only, although importing it through
+`vit_rope` also loads timm.
 """
 
 from . import absolute, bias, controls, presets, relative, rotary  # importing a module registers its schemes

@@ -69,10 +69,12 @@ def build(spec: str, layout: Layout) -> Position:
 
 
 def rebuild(position: Position, spec: str) -> Position:
-    """The scheme that another spec names, for the same layout, with the learned parameters of `position`.
+    """The scheme that another spec names, for the same layout, with the learned parameters of
+    `position`.
 
     The parameters are the same objects, so they keep their device, and an optimizer keeps training
-    them. Raises ValueError for a spec that does not fit or learns parameters of other names or shapes.
+    them. Raises ValueError for a spec that does not fit or learns parameters of other names or
+    shapes.
     """
     scheme = build(spec, cast(Layout, position.made_for))
     learned, wanted = (dict(each.named_parameters()) for each in (position, scheme))

@@ -124,7 +124,7 @@ def _read_checkpoint(path: Path, changes: Callable[[dict[str, Any]], dict[str, A
     weights = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
     files.check_fit(model, weights, cls.__name__)
     model.load_state_dict(weights)
-    return Denoiser(model, _noise(facts["noise"]), facts["classes"], facts["null_label"])
+    return Denoiser(model, _noise_schedule(facts["noise"]), facts["classes"], facts["null_label"])
 
 
 def _read_pipeline(path: Path, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> Denoiser:
@@ -136,14 +136,14 @@ def _read_pipeline(path: Path, changes: Callable[[dict[str, Any]], dict[str, Any
         )
     changed = changes(json.loads((folder / "unet" / "config.json").read_text()))
     model = _model_class(index["unet"][1]).from_pretrained(folder / "unet", local_files_only=True, **changed)
-    noise = _noise(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
+    noise = _noise_schedule(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
     facts: dict[str, Any] = {"classes": model.config.num_class_embeds or 0, "null_label": None}
     if (folder / "labels.json").is_file():
         facts |= json.loads((folder / "labels.json").read_text())
     return Denoiser(model, noise, **facts)
 
 
-def _noise(config: dict[str, Any]) -> Any:
+def _noise_schedule(config: dict[str, Any]) -> Any:
     """The noise schedule of a DDPM, from the config of any scheduler with the same settings.
 
     Raises ValueError for schedulers without them.

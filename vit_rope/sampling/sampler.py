@@ -141,7 +141,7 @@ def _images(
             if callback is not None:
                 callback((tile + fraction) / tiles, x[: config.n - tile * count])
 
-        noise, generators = _noise((denoiser.model.config.in_channels, *size), config, numbers)
+        noise, generators = _initial_noise((denoiser.model.config.in_channels, *size), config, numbers)
         yield from denoise(
             denoiser,
             make_scheduler(config.scheduler, denoiser.noise, config.steps, device),
@@ -153,7 +153,9 @@ def _images(
         )
 
 
-def _noise(shape: tuple[int, ...], config: SampleConfig, numbers: range) -> tuple[Tensor, list[torch.Generator]]:
+def _initial_noise(
+    shape: tuple[int, ...], config: SampleConfig, numbers: range
+) -> tuple[Tensor, list[torch.Generator]]:
     """The noise (B, C, H, W) that images of these numbers start from, and their generators."""
     walk = config.end_seed is not None
     generators = [_generator(config.seed if walk else config.seed + i) for i in numbers]

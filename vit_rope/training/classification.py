@@ -77,7 +77,7 @@ class Classification(Learner):
         if num_classes < 2:
             raise ValueError(f"Classification needs at least 2 classes, the data have {num_classes}")
         self.binary, self.label_smoothing = loss == "binary", label_smoothing
-        self.model, self.model_args = create(model, model_args or {}, num_classes, in_chans, img_size)
+        self.model, self.model_args = create_classifier(model, model_args or {}, num_classes, in_chans, img_size)
         self.img_size = self.model_args.get("img_size", img_size)
         if weights:
             load_weights(self.model, weights, model)
@@ -156,7 +156,7 @@ class Classification(Learner):
         self.log_dict(scores, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
 
 
-def create(
+def create_classifier(
     name: str, args: dict[str, Any], num_classes: int, in_chans: int, img_size: int
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A timm model for the data, and all arguments that it was created with.

@@ -4,7 +4,6 @@ Shapes   B images, C channels, (H, W) height and width of an image
 """
 
 import inspect
-import math
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +15,7 @@ from .. import sampling
 from ..files import one_line, replacing_folder
 from ..positions import Position
 from .learner import Learner, NonFinite
+from .objective import make_noise, make_target, snr_weight
 from .optim import OptimConfig, ScheduleConfig
 
 OPTIM, SCHEDULE = OptimConfig(weight_decay=0.0), ScheduleConfig()
@@ -92,7 +92,7 @@ class Diffusion(Learner):
         self.null_label = num_classes if conditional and label_dropout else None
         labels = self.classes + (self.null_label is not None) or None
         facts = {"in_channels": in_chans, "out_channels": in_chans, "sample_size": img_size, "num_class_embeds": labels}
-        self.model = create(model, model_args or {}, facts)
+        self.model = create_denoiser(model, model_args or {}, facts)
         self.denoiser = sampling.Denoiser(self.model, self.noise, self.classes, self.null_label)
         self.label_dropout, self.snr_gamma = label_dropout, snr_gamma
         self.sample_every, self.sample_count = sample_every, sample_count
@@ -244,27 +244,7 @@ class Diffusion(Learner):
         return torch.Generator(self.device).manual_seed(number % 2**63)
 
 
-def make_noise(timesteps: int, beta_schedule: str, prediction_type: str) -> Any:
-    """diffusers' DDPMScheduler.
-
-    Raises ValueError for a schedule whose last noise level still shows the image: sampling starts
-    from pure noise, which the model would never have seen.
-    """
-    from diffusers import DDPMScheduler  # takes seconds, which training a classifier should not wait for
-
-    if timesteps < 2:
-        raise ValueError(f"a DDPM needs at least 2 timesteps, got {timesteps}")
-    noise: Any = DDPMScheduler(timesteps, beta_schedule=beta_schedule, prediction_type=prediction_type)
-    remaining = math.sqrt(float(noise.alphas_cumprod[-1]))
-    if remaining > 0.05:
-        raise ValueError(
-            f"after {timesteps} timesteps the {beta_schedule} schedule leaves {remaining:.0%} of the image, but "
-            "sampling starts from pure noise; use squaredcos_cap_v2, which fits any number of steps, or 1000 timesteps"
-        )
-    return noise
-
-
-def create(name: str, args: dict[str, Any], facts: dict[str, Any]) -> Any:
+def create_denoiser(name: str, args: dict[str, Any], facts: dict[str, Any]) -> Any:
     """A model of the class `name` with the arguments `args` and `facts`.
 
     `facts` are the arguments that the data determine. Raises ValueError or TypeError, of one line,
@@ -290,33 +270,3 @@ def create(name: str, args: dict[str, Any], facts: dict[str, Any]) -> Any:
         raise  # from this library or diffusers, with a message that explains it
     except Exception as error:  # for arguments it does not expect, a constructor may raise any exception
         raise ValueError(f"{name} with {args}: {one_line(error)}") from error
-
-
-def make_target(scheduler: Any, images: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-    """What the model should predict, by the `prediction_type` of diffusers' scheduler.
-
-    Args:
-        scheduler: diffusers' DDPMScheduler
-        images: (B, C, H, W)
-        noise: standard normal noise (B, C, H, W)
-        time: timesteps (B,)
-    """
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return noise
-        case "sample":
-            return images
-        case _:
-            return scheduler.get_velocity(images, noise, time)
-
-
-def snr_weight(scheduler: Any, time: Tensor, gamma: float) -> Tensor:
-    """Min-SNR weights (B,) of the squared errors at timesteps (B,) (arXiv:2303.09556).
-
-    The weight of an error in the image is min(SNR, gamma). An error in the image is the error in
-    the noise divided by the SNR, and the error in the velocity divided by SNR + 1.
-    """
-    alpha_bar = scheduler.alphas_cumprod.to(time.device)[time]
-    snr = alpha_bar / (1 - alpha_bar)
-    weight = snr.clamp(max=gamma)
-    return weight / {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1}[scheduler.config.prediction_type]

@@ -74,7 +74,7 @@ def add_to_lucidrains(
     unet: nn.Module, spec: str, sample_size: int | Sequence[int] | None, unit: str = "index", origin: Origin = 0.0
 ) -> nn.Module:
     """Give every attention the positions named by `spec`; see `vit_rope.unet.add_positions`."""
-    _check_unet(unet)
+    _check_lucidrains(unet)
     if _attentions_with_positions(unet):
         raise ValueError(
             "the U-Net has positions already; call set_positions for another spec, or remove_positions first"
@@ -94,7 +94,7 @@ def add_to_lucidrains(
 
 def set_in_lucidrains(unet: nn.Module, spec: str) -> nn.Module:
     """Switch to another spec, in place; see `vit_rope.unet.set_positions`."""
-    _check_unet(unet)
+    _check_lucidrains(unet)
     if not _attentions_with_positions(unet):
         raise ValueError(f"this {type(unet).__name__} has no positions to change; call add_positions")
     plan = [
@@ -125,7 +125,7 @@ def lucidrains_attentions(unet: Any) -> list[tuple[str, Any, int]]:
     return [*downs, ("mid_attn", unet.mid_attn, last), *ups]
 
 
-def _check_unet(unet: nn.Module) -> None:
+def _check_lucidrains(unet: nn.Module) -> None:
     if not isinstance(unet, Unet):
         raise TypeError(f"of denoising-diffusion-pytorch, only Unet can have positions, not {type(unet).__name__}")
 
