@@ -14,7 +14,6 @@ because a pipeline does not offer what this one does:
 Shapes   B images of a tile, n images in total, C channels, H and W height and width in pixels
 """
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .schedulers import alpha_sigma, check_scheduler, make_scheduler, no_numpy_deprecations, predicted_x0
+from .schedulers import Spaced, check_scheduler, make_scheduler, predicted_x0
 
 Callback = Callable[[float, Tensor], None]  # fraction done, current images (B, C, H, W) in [-1, 1]
 
@@ -170,7 +169,7 @@ def _initial_noise(
 @torch.no_grad()
 def denoise(
     denoiser: Denoiser,
-    scheduler: Any,
+    scheduler: Spaced,
     x: Tensor,
     generators: list[torch.Generator],
     labels: Tensor | None = None,
@@ -185,25 +184,22 @@ def denoise(
     model, config = denoiser.model, denoiser.noise.config
     parameter = next(model.parameters())
     limit = config.clip_sample_range if config.get("clip_sample") else math.inf
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": generators} if takes_generator else {}
     if callback is not None:
         callback(0.0, x)
-    x = x.to(parameter.device) * float(scheduler.init_noise_sigma)
+    x = x.to(parameter.device) * scheduler.init_noise_sigma
     guided = guidance != 1.0 and labels is not None
     if labels is not None and guided:
         labels = torch.cat((labels, torch.full_like(labels, _null(denoiser))))
     for i, time in enumerate(scheduler.timesteps):
         noisy = scheduler.scale_model_input(x, time)
-        alpha, sigma = alpha_sigma(scheduler, time)
+        alpha, sigma = scheduler.alpha_sigma(time)
         inputs = (torch.cat((noisy, noisy)) if guided else noisy).to(parameter.dtype)
         prediction = model(inputs, time, *(() if labels is None else (labels,))).sample.float()
         if guided:
             with_label, without = prediction.chunk(2)
             prediction = without + guidance * (with_label - without)
         image = predicted_x0(config.prediction_type, noisy, prediction, alpha, sigma).clamp(-limit, limit)
-        with no_numpy_deprecations():
-            x = scheduler.step((alpha * noisy - image) / sigma, time, x, **options).prev_sample
+        x = scheduler.step((alpha * noisy - image) / sigma, time, x, generators).prev_sample
         if callback is not None:
             last = i + 1 == len(scheduler.timesteps)
             callback((i + 1) / len(scheduler.timesteps), (x if last else noisy).clamp(-1, 1).cpu())

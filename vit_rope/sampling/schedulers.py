@@ -26,8 +26,11 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name: a class of diffus
     "euler": ("EulerDiscreteScheduler", {}),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),
 }
+ENDS_BELOW = {"dpm++", "dpm++sde", "dpm++1s", "unipc", "deis"}  # they need a level below those that they visit
+CLEAN = 1e-6  # the variance of the noise of that level
+LEAST_KEPT = {"heun": 1 / 16}  # of the signal's variance by one level: after a larger change it overshoots
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")  # diffusers' names
 
 
@@ -37,29 +40,94 @@ def check_scheduler(name: str) -> None:
         raise ValueError(f"unknown scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
 
 
-def make_scheduler(name: str, noise: Any, steps: int, device: torch.device | None = None) -> Any:
+def noise_levels(name: str, count: int, steps: int) -> Tensor:
+    """The noise levels (steps,) of `count` that a scheduler visits, ascending and all different.
+
+    They are the middles of equal intervals, so the first step is half a stride from pure noise:
+    any closer, and Heun and Euler's ancestral steps are unstable. ddpm takes the lower ends, as
+    diffusers' pipeline of that name does. Raises ValueError if `steps` is not 1 to `count`.
+    """
+    if not 1 <= steps <= count:
+        raise ValueError(f"the model was trained with {count} noise levels, so steps are 1 to {count}, not {steps}")
+    halves = 2 * torch.arange(steps) + (name != "ddpm")
+    return halves * count // (2 * steps)
+
+
+class Spaced:
+    """A scheduler of diffusers that takes one step from each of some noise levels of a training.
+
+    diffusers' spacings need a number of steps that divides that of the levels: with others they
+    begin in the middle of the schedule, and DDIM and PNDM step over levels that they do not visit.
+    So the scheduler inside is made for a schedule of these levels alone (section 4 of
+    arXiv:2102.09672) and takes all of its steps, while `timesteps` are levels of the training.
+
+    Args:
+        name: a key of `SCHEDULERS`
+        betas: those of the training (levels,)
+        levels: those to visit, ascending, as from `noise_levels`
+        device: that of `timesteps`
+    """
+
+    def __init__(self, name: str, betas: Tensor, levels: Tensor, device: torch.device | None = None) -> None:
+        import diffusers  # slow to import, and not needed before
+
+        class_name, fixed = SCHEDULERS[name]
+        below = [1 - CLEAN] if name in ENDS_BELOW else []
+        signal = (1 - betas.double().cpu()).cumprod(0)[levels]
+        signal = torch.cat((torch.tensor([1.0, *below], dtype=torch.float64), signal))
+        kept = (signal[1:] / signal[:-1]).clamp(min=LEAST_KEPT.get(name, 2**-16))
+        options = {
+            "trained_betas": (1 - kept).tolist(),  # values, as not every scheduler knows every schedule's name
+            "num_train_timesteps": len(kept),
+            "prediction_type": "v_prediction",
+            "timestep_spacing": "leading",
+            "clip_sample": False,
+        }
+        cls = getattr(diffusers, class_name)
+        known = inspect.signature(cls.__init__).parameters
+        with no_numpy_deprecations():
+            self.inner: Any = cls(**{key: value for key, value in options.items() if key in known}, **fixed)
+            self.inner.set_timesteps(len(levels), device=device)
+        numbers = [int(time) - len(below) for time in self.inner.timesteps]
+        self.timesteps = levels[numbers].to(device)
+        self._times = dict(zip(self.timesteps.tolist(), self.inner.timesteps, strict=True))
+        self._takes_generator = "generator" in inspect.signature(self.inner.step).parameters
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the noise to start from."""
+        return float(self.inner.init_noise_sigma)
+
+    def alpha_sigma(self, time: Tensor) -> tuple[float, float]:
+        """The scales (alpha, sigma) of image and noise in what the model sees at this level.
+
+        alpha² + sigma² = 1.
+        """
+        alpha_squared = float(self.inner.alphas_cumprod[int(self._times[int(time)])])
+        return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
+
+    def scale_model_input(self, x: Tensor, time: Tensor) -> Tensor:
+        """What the model sees (B, C, H, W): alpha times the image plus sigma times noise."""
+        return self.inner.scale_model_input(x, self._times[int(time)])
+
+    def step(self, velocity: Tensor, time: Tensor, x: Tensor, generator: Any = None) -> Any:
+        """Step from this level to the next; the field `prev_sample` of the result is (B, C, H, W).
+
+        `generator`, or a list of one for each image, draws the noise of schedulers that add some.
+        """
+        options = {"generator": generator} if self._takes_generator else {}
+        with no_numpy_deprecations():
+            return self.inner.step(velocity, self._times[int(time)], x, **options)
+
+
+def make_scheduler(name: str, noise: Any, steps: int, device: torch.device | None = None) -> Spaced:
     """Make diffusers' scheduler for a short name, ready for `steps` steps.
 
     `noise` is the scheduler of the training, whose noise schedule it uses. It expects velocities.
-    Raises ValueError, which lists all names, for an unknown name.
+    Raises ValueError for an unknown name, and for more steps than there are noise levels.
     """
-    import diffusers  # slow to import, and not needed before
-
     check_scheduler(name)
-    class_name, fixed = SCHEDULERS[name]
-    options = {
-        "trained_betas": noise.betas.double().tolist(),  # values, as not every scheduler knows every schedule's name
-        "num_train_timesteps": len(noise.betas),
-        "prediction_type": "v_prediction",
-        "timestep_spacing": "leading",  # near pure noise, Heun is unstable and Euler's ancestral step can be NaN
-        "clip_sample": False,
-    }
-    cls = getattr(diffusers, class_name)
-    known = inspect.signature(cls.__init__).parameters
-    with no_numpy_deprecations():
-        scheduler = cls(**{key: value for key, value in options.items() if key in known}, **fixed)
-        scheduler.set_timesteps(steps, device=device)
-    return scheduler
+    return Spaced(name, noise.betas, noise_levels(name, len(noise.betas), steps), device)
 
 
 @contextmanager
@@ -68,18 +136,6 @@ def no_numpy_deprecations() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
-
-
-def alpha_sigma(scheduler: Any, time: Tensor) -> tuple[float, float]:
-    """The scales (alpha, sigma) of image and noise in what the model sees at this time.
-
-    alpha² + sigma² = 1.
-    """
-    if float(scheduler.init_noise_sigma) > 1:  # its sigmas are noise per unit of image, sigma / alpha
-        ratio = float(scheduler.sigmas[scheduler.step_index])
-        return (1 + ratio**2) ** -0.5, ratio * (1 + ratio**2) ** -0.5
-    alpha_squared = float(scheduler.alphas_cumprod[int(time)])
-    return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
 
 
 def predicted_x0(prediction_type: str, noisy: Tensor, prediction: Tensor, alpha: float, sigma: float) -> Tensor:
