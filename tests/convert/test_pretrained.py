@@ -180,7 +180,7 @@ def test_weights_of_no_known_layout(tmp_path):
         timm.create_model("vit_rope_small_patch16_rope_224", **options | file)
 
 
-@pytest.mark.parametrize("source", ["deit3_small_patch16_224.fb_in22k_ft_in1k", "vit_so150m_patch16_reg4_map_256"])
+@pytest.mark.parametrize("source", ["deit3_small_patch16_224.fb_in22k_ft_in1k", "vit_so150m_patch16_reg4_gap_256"])
 def test_any_model_of_timm_by_name(source, tmp_path):
     options = {"depth": 2, "embed_dim": 96, "num_heads": 3}
     theirs = randomised(timm.create_model(source, num_classes=7, img_size=(64, 96), **options))
