@@ -61,7 +61,7 @@ def attend(
     else:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) if t.shape[1] != q.shape[1] else t for t in (k, v))
         weights = attention_weights(q, k, mask, causal, dropout, scale)
-        out = sum((term.mixture(weights) for term in values), weights @ v)
+        out = sum((term.mixture(weights) for term in values), weights @ v[..., :width])
     return encoding.apply("out", out[..., :width], layer)
 
 

@@ -75,6 +75,10 @@ VITS = {
     "vit_base_patch32_clip_224": {},
     "vit_giant_patch14_dinov2": {"mlp_ratio": 2},
     "vit_so400m_patch14_siglip_gap_224": {},
+    "vit_so150m_patch16_reg4_map_256": {},
+    "vit_so150m_patch16_reg4_gap_256": {},
+    "vit_so150m2_patch16_reg1_gap_256": {},
+    "vit_medium_patch16_reg4_gap_256": {},
 }
 
 
@@ -94,6 +98,52 @@ def test_norms_before_pooling_and_after_it_convert():
     assert difference(ours(x).detach(), theirs(x).detach()) < 1e-5
     ours.reset_classifier(3)
     assert ours(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("indexing", ["ij", "xy"])
+@pytest.mark.parametrize("kind", ["mixed", "cat", "dinov3"])
+def test_both_orders_of_the_axes_convert(kind, indexing):
+    options = {"rope_type": kind, "rope_grid_indexing": indexing, "img_size": (84, 126), "depth": 2, "num_classes": 7}
+    options["ref_feat_shape"] = (6, 9)
+    theirs, x = randomised(timm.create_model("eva02_tiny_patch14_224", **options)), images((84, 126))
+    assert difference(from_timm(theirs)(x).detach(), theirs(x).detach()) < 1e-5
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_biases_and_norms_of_queries_and_keys_convert(qkv_bias, qk_norm, fused):
+    options = {"qkv_bias": qkv_bias, "qk_norm": qk_norm, "img_size": (84, 126), "depth": 2, "num_classes": 7}
+    eva = randomised(timm.create_model("eva02_tiny_patch14_224", qkv_fused=fused, **options))
+    vit = randomised(timm.create_model("vit_tiny_patch16_224", **options | {"img_size": (96, 144)}))
+    for theirs, ours, x in (
+        (eva, from_timm(eva), images((84, 126))),
+        (vit, ropeify(vit, "none"), images((96, 144))),
+    ):
+        assert difference(ours(x).detach(), theirs(x).detach()) < 1e-5
+        assert (ours.blocks[0].attn.qkv.bias is not None) == qkv_bias
+
+
+@pytest.mark.parametrize("indexing", ["ij", "xy"])
+@pytest.mark.parametrize("reference", [None, (3, 6), (6, 9), (16, 16)])
+def test_coordinates_of_a_reference_grid_shift_by_its_cells(reference, indexing, monkeypatch):
+    options = {"img_size": (84, 126), "rope_grid_indexing": indexing, "depth": 1}
+    options |= {"rope_shift_coords": 2.0, "rope_jitter_coords": 3.0}
+    theirs = timm.create_model("eva02_tiny_patch14_224", dynamic_img_size=True, num_classes=7, **options)
+    theirs.rope.ref_feat_shape = reference
+    ours = from_timm(theirs)
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.ones(*size, **kwargs))  # the largest shift
+    for size in ((84, 126), (126, 168)):
+        plain, augmented = (ours.eval().patch_coords(images(size)), ours.train().patch_coords(images(size)))
+        grid = plain[1]
+        stretch = torch.tensor(
+            [1.0, 1.0] if reference is None else [r / n for r, n in zip(reference, grid, strict=True)]
+        )
+        # timm stretches, then shifts, then multiplies
+        torch.testing.assert_close(augmented[0] * stretch, (plain[0] * stretch + 2.0) * 3.0)
+    wrong = {"num_kv_heads": 3, "position_shift_grid": (3,)}
+    with pytest.raises(ValueError, match=re.escape("position_shift_grid (3,) has 1 axes, the coordinates 2")):
+        timm.create_model("vit_rope_tiny_patch16_224", depth=1, **wrong)
 
 
 def test_options_of_training_convert():
@@ -122,7 +172,7 @@ def test_a_vit_without_new_positions_is_bit_identical(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"]
+    "name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224", *list(VITS)[-4:]]
 )
 def test_a_learned_table_is_kept_dropped_or_gated(name):
     theirs, x = small_vit(name)

@@ -180,8 +180,9 @@ def test_weights_of_no_known_layout(tmp_path):
         timm.create_model("vit_rope_small_patch16_rope_224", **options | file)
 
 
-def test_any_model_of_timm_by_name(tmp_path):
-    source, options = "deit3_small_patch16_224.fb_in22k_ft_in1k", {"depth": 2, "embed_dim": 96, "num_heads": 3}
+@pytest.mark.parametrize("source", ["deit3_small_patch16_224.fb_in22k_ft_in1k", "vit_so150m_patch16_reg4_gap_256"])
+def test_any_model_of_timm_by_name(source, tmp_path):
+    options = {"depth": 2, "embed_dim": 96, "num_heads": 3}
     theirs = randomised(timm.create_model(source, num_classes=7, img_size=(64, 96), **options))
     file = write(theirs.state_dict(), tmp_path, (64, 96), num_classes=7)
     x = images((64, 96))
@@ -190,6 +191,10 @@ def test_any_model_of_timm_by_name(tmp_path):
             "vit_rope_from_timm", source=source, position="axial", ape=ape, img_size=(64, 96), **options | file
         )
         torch.testing.assert_close(mine.eval()(x), ropeify(theirs, "axial", ape)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_models_by_name_know_their_source():
+    source = "deit3_small_patch16_224.fb_in22k_ft_in1k"
     assert timm.create_model("vit_rope_from_timm", source=source).pretrained_cfg["hf_hub_id"] == f"timm/{source}"
     rotary = timm.create_model("vit_rope_from_timm", source="vit_tiny_patch16_dinov3_qkvb", depth=1)
     assert type(rotary.position).__name__ == "DinoV3"

@@ -46,6 +46,10 @@ def test_a_dit_changes_too():
         ({}, "axail", "did you mean axial"),
         ({}, "learned", "but the model's positions learned"),
         ({"spec": "axial", "attention": "linear"}, "alibi", "linear attention has no logits"),
+        ({"spec": "axial"}, "axial + axial(share=(4, 4))", "pairs cannot be summed"),
+        ({"spec": "axial"}, 'axial + axial(pairs="half")', "give both the same `pairs`"),
+        ({"spec": "axial"}, "axial + vjepa2", "cannot be summed with rotations"),
+        ({"spec": "string"}, "string + axial", "cannot be summed with rotations"),
     ],
 )
 def test_a_spec_that_does_not_fit_changes_nothing(options, spec, message):

@@ -59,6 +59,7 @@ def test_relative_schemes_ignore_shifts_and_others_do_not(spec, axes):
     position, layout = make(spec, axes)
     x, weights = tokens(layout)
     coords = layout.coords().double()
+    coords = coords + torch.rand(coords.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     shift = torch.tensor([1.37, -1.21, 2.5], dtype=torch.float64)[:axes]
     original, shifted = (run(position, layout, c, x, weights) for c in (coords, coords + shift))
     if position.relative:

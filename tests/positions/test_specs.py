@@ -3,9 +3,12 @@
 import re
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import spec_of
+from vit_rope.attention import attend
 from vit_rope.positions import Layout, Position, Rotary, Sum, build, register, schemes, specs
 from vit_rope.positions.rotary.base import geometric
 
@@ -150,12 +153,59 @@ def test_signatures_leave_out_the_layout():
             lookup("axail")
 
 
-def test_rotations_of_different_pairs_cannot_be_summed():
-    coords = LAYOUT.coords()
-    with pytest.raises(ValueError, match="do not commute; give both the same `pairs`"):
-        build('axial + mixed(pairs="half")', LAYOUT)(coords)
-    with pytest.raises(ValueError, match="rotations of 32 and of 16 pairs cannot be summed"):
-        build("axial + axial(share=(16, 16))", LAYOUT)(coords)
+REMADE = "schemes that remake the channels of queries and keys cannot be summed with rotations or with each other"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ('axial + mixed(pairs="half")', "do not commute; give both the same `pairs`"),
+        ("axial + axial(share=(16, 16))", "rotations of 32 and of 16 pairs cannot be summed; give both as many"),
+        ("axial + learned + axial(share=(16, 16))", "rotations of 32 and of 16 pairs cannot be summed"),
+        ("reference(axial + axial(share=(16, 16)))", "rotations of 32 and of 16 pairs cannot be summed"),
+        ("string + axial", REMADE),
+        ("axial + string", REMADE),
+        ("vjepa2 + axial", REMADE),
+        ("string + commuting", REMADE),
+        ("pope + axial", REMADE),
+        ("string + pope", REMADE),
+        ("pope + pope", REMADE),
+    ],
+)
+def test_sums_that_can_never_run_are_refused(spec, message):
+    with pytest.raises(ValueError, match=f"cannot build position .*{re.escape(message)}"):
+        build(spec, LAYOUT)
+
+
+@pytest.mark.parametrize("other", ["axial", "string", "pope", "alibi", "learned", "vjepa2", "shaw", "tupe", "none"])
+def test_sums_that_build_run(other):
+    """Every scheme that accepts two axes, added to others of each kind."""
+    layout = Layout(width=48, heads=2, grid=(3, 4), depth=1)
+    coords, (q, k, v) = layout.coords(), torch.randn(3, 1, 2, 12, 24)
+    count = 0
+    for name in schemes():
+        for spec in (f"{spec_of(name)} + {other}", f"{other} + {spec_of(name)}"):
+            try:
+                position = build(spec, layout)
+            except ValueError:
+                continue
+            assert attend(q, k, v, position(coords), 0).shape == v.shape, spec
+            count += 1
+    assert count > 40
+
+
+@pytest.mark.parametrize("other", ["learned", "none", "alibi", "shaw", "tupe", "learned + t5"])
+def test_a_remade_scheme_and_others_that_leave_its_channels_alone(other):
+    layout = Layout(width=48, heads=2, grid=(3, 4), depth=1)
+    q, k, v = torch.randn(3, 1, 2, 12, 24)
+    both, reverse, pope = (build(spec, layout) for spec in (f"pope + {other}", f"{other} + pope", "pope"))
+    reverse.load_state_dict({  # the same parameters, in the other order
+        name.replace(name.split(".")[1], str((int(name.split(".")[1]) - 1) % len(both.parts)), 1): value
+        for name, value in both.state_dict().items()
+    })  # fmt: skip
+    got, mirrored, alone = (attend(q, k, v, each(layout.coords()), 0) for each in (both, reverse, pope))
+    torch.testing.assert_close(got, mirrored)
+    assert torch.equal(got, alone) == (other in ("learned", "none"))
 
 
 @settings(max_examples=300, deadline=None)

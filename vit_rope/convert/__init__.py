@@ -40,7 +40,8 @@ def from_timm(model: nn.Module) -> RopeViT:
     if not isinstance(model, Eva):
         hint = "; ropeify gives it rotary positions" if isinstance(model, VisionTransformer) else ""
         raise TypeError(f"from_timm converts models of timm's class Eva, got {type(model).__name__}{hint}")
-    return _convert(model, architecture(model), lambda state, _: from_eva(state))
+    column_first = getattr(model.rope, "grid_indexing", "xy") == "xy"
+    return _convert(model, architecture(model), lambda state, _: from_eva(state, column_first))
 
 
 def ropeify(model: nn.Module, position: str, ape: Literal["keep", "drop", "gate"] = "keep") -> RopeViT:

@@ -88,7 +88,7 @@ def _attention_args(net: Any) -> dict[str, Any]:
     refuse(getattr(attention, "gate", None) is not None, "gated attention")
     refuse(attention.num_heads * attention.head_dim != net.embed_dim, "heads whose total width is not embed_dim")
     groups = [getattr(block.attn, "num_kv_heads", attention.num_heads) for block in net.blocks]
-    bias = any(name.endswith("bias") and name[0] == "q" for name, _ in attention.named_parameters())
+    bias = any(name in ("qkv.bias", "q_proj.bias", "q_bias") for name, _ in attention.named_parameters())
     return {
         "num_heads": attention.num_heads,
         "num_kv_heads": groups if set(groups) != {attention.num_heads} else None,
@@ -171,7 +171,8 @@ def _rotary_args(net: Any) -> dict[str, Any]:
     reference = getattr(rope, "ref_feat_shape", None)
     if reference is not None:
         position = f"reference({position}, grid={tuple(reference)})"
-    return {
+    stretched = {"position_shift_grid": tuple(reference)} if reference is not None and rope.shift_coords else {}
+    return stretched | {
         "position": position,
         "position_unit": unit,
         "position_origin": origin,

@@ -21,8 +21,9 @@ def fold(model: RopeViT) -> RopeViT:
     and keys are therefore multiplied by U^T, and the position of the copy is the plain rotation:
     its state dict loads into a model of `axial` with the same base, or of `mixed`.
 
-    Raises ValueError for positions without a basis, and where no weight can hold it: if queries and
-    keys are normalized between projection and rotation, or if several heads share their keys.
+    Raises ValueError for positions without a basis, and where no weight can hold it: if something
+    happens to queries and keys between projection and rotation (a norm, the features of linear
+    attention), or if several heads share their keys.
     """
     model = copy.deepcopy(model)
     position = cast(Position, model.position)
@@ -34,6 +35,11 @@ def fold(model: RopeViT) -> RopeViT:
     for attention in (block.attn for block in blocks):
         if not isinstance(attention.q_norm, nn.Identity) or not isinstance(attention.k_norm, nn.Identity):
             raise ValueError("queries and keys are normalized after their projection, so no weight can hold the basis")
+        if attention.linear:
+            raise ValueError(
+                "linear attention applies a function to queries and keys after their projection, so no weight can "
+                "hold the basis; keep the model as it is"
+            )
         if attention.num_kv_heads != attention.num_heads:
             raise ValueError("heads that share keys have different bases, so no weight of the keys can hold them")
     basis, parts[with_basis[0]] = parts[with_basis[0]].folded()  # attention allows only one basis

@@ -16,6 +16,7 @@ from .vit import RopeViT
 
 MLPS: dict[str, Any] = {"mlp": Mlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
 OPTIONS = ("norm_eps", "mlp_layer", "num_kv_heads", "final_norm", "attn_pool_num_heads", "attn_pool_mlp_ratio")
+OPTIONS += ("position_shift_grid",)
 
 
 class ConvertedViT(RopeViT):
@@ -29,6 +30,8 @@ class ConvertedViT(RopeViT):
         num_kv_heads: number of heads of keys and values (arXiv:2305.13245), or one for each layer
         final_norm: "both" normalizes before pooling and after it
         attn_pool_num_heads, attn_pool_mlp_ratio: size of the pool, for global_pool="map"
+        position_shift_grid: `position_shift` is in cells of this grid, stretched over each image,
+            as timm shifts the coordinates of a reference grid
 
     Raises ValueError for options that do not fit, before any weight is created.
     """
@@ -42,6 +45,7 @@ class ConvertedViT(RopeViT):
         final_norm: bool | Literal["both"] = True,
         attn_pool_num_heads: int | None = None,
         attn_pool_mlp_ratio: float | None = None,
+        position_shift_grid: Sequence[int] | None = None,
         depth: int = 12,
         **kwargs: Any,
     ) -> None:
@@ -62,6 +66,7 @@ class ConvertedViT(RopeViT):
             kwargs["fc_norm"] = True
         mlp = MLPS[mlp_layer] if isinstance(mlp_layer, str) else mlp_layer
         super().__init__(*args, mlp_layer=mlp, final_norm=bool(final_norm), depth=depth, **kwargs)
+        self.patch_coords.shift_in_cells_of(position_shift_grid)
         if final_norm == "both":
             self.norm = _norm_layer(kwargs)(self.embed_dim, device=kwargs.get("device"), dtype=kwargs.get("dtype"))
         if sized_pool:

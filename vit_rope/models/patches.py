@@ -110,6 +110,14 @@ class PatchCoordinates(nn.Module):
         self.axes, self.unit, self.origin = layout.axes, layout.unit, layout.origin
         self.channels, self.patch, self.pad = channels, patch, pad
         self.image = image  # None accepts every size
+        self.shift_grid: tuple[int, ...] | None = None
+
+    def shift_in_cells_of(self, grid: Sequence[int] | None) -> None:
+        """Count the shift of `augment` in cells of a grid that is stretched over each image; None
+        counts in the unit of the coordinates. Raises ValueError for another number of axes."""
+        if grid is not None and len(grid) != self.axes:
+            raise ValueError(f"position_shift_grid {tuple(grid)} has {len(grid)} axes, the coordinates {self.axes}")
+        self.shift_grid = None if grid is None else tuple(grid)
 
     def forward(self, x: Tensor, coords: Tensor | None = None) -> tuple[Tensor, list[int] | None]:
         """Coordinates (N, A) or (B, N, A) of all patches, and the size of their grid; None in place
@@ -119,7 +127,7 @@ class PatchCoordinates(nn.Module):
         size = [(n + u - 1) // p for n, p, u in zip(x.shape[2:], self.patch, up, strict=True)]
         if coords is None:
             coords = grid(size, self.unit, self.origin, x.device)
-            return (augment_coords(coords, *self.augment) if self.training else coords), size
+            return (self.varied(coords, size) if self.training else coords), size
         coords = check_coords(coords, self.axes, finite=not torch.compiler.is_compiling())
         tokens, batch = math.prod(size), x.shape[0]
         if coords.shape[-2] != tokens or (coords.ndim == 3 and coords.shape[0] not in (1, batch)):
@@ -128,6 +136,13 @@ class PatchCoordinates(nn.Module):
                 f"expected ({tokens}, {self.axes}) or ({batch}, {tokens}, {self.axes})"
             )
         return coords.to(x.device), None
+
+    def varied(self, coords: Tensor, size: Sequence[int]) -> Tensor:
+        """Coordinates (N, A) of a grid of this size, varied by `augment`."""
+        if self.shift_grid is None:
+            return augment_coords(coords, *self.augment)
+        ratio = torch.stack([coords.new_ones(()) * m / n for m, n in zip(self.shift_grid, size, strict=True)])
+        return augment_coords(coords * ratio, *self.augment) / ratio
 
     def check_image(self, x: Tensor) -> None:
         """Raise ValueError for a wrong number of axes or channels, or a size that does not fit."""

@@ -117,11 +117,12 @@ def move_table(weights: Weights, model: Any) -> Weights:
     if model.pos_embed is not None or "pos_embed" not in weights:
         return weights
     weights = dict(weights)
-    table, prefix = weights.pop("pos_embed"), 0 if model.no_embed_class else model.num_prefix_tokens
-    for name, tokens in zip(("cls_token", "reg_token"), table[:, :prefix].tensor_split((1,), dim=1), strict=True):
-        if name in weights and tokens.shape == weights[name].shape:
-            weights[name] = weights[name] + tokens
-    cells = table[0, prefix:]
+    table = weights.pop("pos_embed")
+    for name in () if model.no_embed_class else ("cls_token", "reg_token"):  # in the order of their rows
+        if name in weights:
+            count = weights[name].shape[1]
+            weights[name], table = weights[name] + table[:, :count], table[:, count:]
+    cells = table[0]
     grid = _grid(model, weights["patch_embed.proj.weight"].shape[2:], len(cells))
     for name, module in model.named_modules():
         if isinstance(module, Gate) and isinstance(module.scheme, Learned):

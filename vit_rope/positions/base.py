@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .coords import cell as cell_index
 from .coords import check_coords, check_shape, check_unit
 from .coords import grid as make_grid
+from .distinct import distinct
 from .encoding import Encoding
 
 
@@ -74,6 +75,12 @@ class Layout:
         """
         return cell_index(coords, self.grid if grid is None else grid, self.unit, self.origin)
 
+    def neighbors(self) -> Tensor:
+        """Coordinates (2, A) of 0 and of its diagonal neighbor on the training grid, on the CPU."""
+        ends = torch.tensor([[0.0], [1.0]], device="cpu").expand(2, self.axes)
+        pitch = 1 / self.cell(ends).diff(dim=0)
+        return torch.cat((torch.zeros_like(pitch), pitch))
+
     def flatten(self, coords: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         """Row-major cell numbers (…, 1) of coordinates (…, A) on this or on the training grid."""
         sizes, cells = self.grid if grid is None else grid, self.cell(coords, grid)
@@ -100,7 +107,7 @@ class Position(nn.Module):
     relative: bool = True  # logits depend only on displacements
     reversible: bool = False  # no two cells of the training grid look the same
     keeps_flash: bool = True  # attention needs no mask
-    unbounded: bool = True  # every coordinate has an encoding of its own, also beyond the training grid
+    unbounded: bool = False  # every coordinate has an encoding of its own, also beyond the training grid
     each_layer: bool = False  # `add` acts again before the layers after the first
 
     axes: int | None = None  # the number of axes that coordinates must have; None accepts any
@@ -130,6 +137,19 @@ class Position(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the scheme's own parameters again."""
+
+    def radians_per_cell(self, cells: Tensor) -> Tensor | None:
+        """Radians per cell (L, H, A, R) by which queries and keys rotate before training, or None
+        without rotations that are linear in the coordinates.
+
+        `cells` (2, A) are the coordinates of two diagonal neighbours of a grid, as the scheme sees
+        them.
+        """
+        return None
+
+    def claims_besides(self, claim: Literal["reversible", "unbounded"]) -> bool:
+        """Whether a claim holds by what the scheme does besides rotating by `radians_per_cell`."""
+        return bool(getattr(self, claim))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Position":
         def keep_precision(tensor: Tensor) -> Tensor:  # bfloat16 frequencies are off by a radian at 256 cells
@@ -172,7 +192,32 @@ class Position(nn.Module):
         return check_coords(coords, self.axes, finite=None if grid is None else False)  # those of a grid are finite
 
 
-class Sum(Position):
+class Composed(Position):
+    """A scheme of which rotations are a part, and perhaps others: places are told apart by either.
+
+    Rotations tell places apart if their angles differ by more than whole turns. Those of several
+    schemes add up, so both claims are about the sum of their speeds.
+    """
+
+    @property
+    def reversible(self) -> bool:  # pyrefly: ignore[bad-override]
+        """Whether no two cells of the training grid look the same."""
+        return self.claims_besides("reversible") or distinct(*self._rotations_per_cell())
+
+    @property
+    def unbounded(self) -> bool:  # pyrefly: ignore[bad-override]
+        """Whether every coordinate has an encoding of its own, also beyond the training grid."""
+        return self.claims_besides("unbounded") or distinct(*self._rotations_per_cell(), beyond=True)
+
+    def _rotations_per_cell(self) -> tuple[Tensor | None, tuple[int, ...] | None]:
+        """Radians per cell, and the training grid; per unit, and None, if the layout is unknown."""
+        layout = self.made_for
+        if layout is None:
+            return self.radians_per_cell(torch.tensor([[0.0], [1.0]], device="cpu").expand(2, self.axes or 1)), None
+        return self.radians_per_cell(layout.neighbors()), layout.grid
+
+
+class Sum(Composed):
     """Several schemes at once, e.g. a rotation and a learned table: rotations compose, biases and
     embeddings add up.
     """
@@ -181,10 +226,17 @@ class Sum(Position):
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.relative = all(part.relative for part in parts)
-        self.reversible = any(part.reversible for part in parts)
         self.keeps_flash = all(part.keeps_flash for part in parts)
-        self.unbounded = all(part.unbounded for part in parts)
         self.each_layer = any(part.each_layer for part in parts)
+        self.made_for = next((part.made_for for part in parts if part.made_for is not None), None)
+
+    def radians_per_cell(self, cells: Tensor) -> Tensor | None:
+        each = [cast(Position, part).radians_per_cell(cells) for part in self.parts]
+        rotating = [speeds for speeds in each if speeds is not None]
+        return functools.reduce(torch.add, rotating) if rotating else None
+
+    def claims_besides(self, claim: Literal["reversible", "unbounded"]) -> bool:
+        return any(cast(Position, part).claims_besides(claim) for part in self.parts)
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
         for part in self.parts:
@@ -197,7 +249,7 @@ class Sum(Position):
         return functools.reduce(Encoding.combined, encodings, Encoding())
 
 
-class Wrapper(Position):
+class Wrapper(Composed):
     """A scheme around another one, whose claims and actions it takes over; subclasses change some
     of them.
 
@@ -209,9 +261,16 @@ class Wrapper(Position):
     def __init__(self, scheme: Position) -> None:
         super().__init__()
         self.scheme = scheme
-        for claim in ("relative", "reversible", "keeps_flash", "unbounded"):
-            setattr(self, claim, getattr(scheme, claim))
+        self.relative, self.keeps_flash = scheme.relative, scheme.keeps_flash
         self.each_layer = self.each_layer or scheme.each_layer
+        self.made_for = scheme.made_for
+
+    def radians_per_cell(self, cells: Tensor) -> Tensor | None:
+        layout = self.made_for
+        return self.scheme.radians_per_cell(cells if layout is None else self.measure(cells, layout.grid))
+
+    def claims_besides(self, claim: Literal["reversible", "unbounded"]) -> bool:
+        return self.scheme.claims_besides(claim)
 
     def measure(self, coords: Tensor, grid: Sequence[int]) -> Tensor:
         """Coordinates (…, A) on `grid` as the inner scheme sees them."""

@@ -222,8 +222,12 @@ class Encoding(NamedTuple):
         rotating = [each for each in (self, other) if each.q.rotates() or each.v.rotates()]
         if len({each.stride for each in rotating}) > 1:
             raise ValueError("rotations of interleaved and of half pairs do not commute; give both the same `pairs`")
-        if self.polar or other.polar or self.q.conflicts(other.q) or other.q.conflicts(self.q):
-            raise ValueError("schemes that remake the channels of queries and keys cannot be summed with rotations")
+        for each, rest in ((self, other), (other, self)):
+            if each.q.conflicts(rest.q) or (each.polar and (rest.q.rotates() or rest.q.basis or rest.polar)):
+                raise ValueError(
+                    "schemes that remake the channels of queries and keys cannot be summed with rotations or with each "
+                    "other; keep one of them"
+                )
         separate_keys = self.k is not None or other.k is not None
         return Encoding(
             self.q.combined(other.q),
@@ -233,5 +237,6 @@ class Encoding(NamedTuple):
             per_layer(torch.add, self.biases, other.biases),
             per_layer(lambda some, more: [*some, *more], self.term_lists, other.term_lists),
             self.scale * other.scale,
+            self.polar or other.polar,
             stride=rotating[0].stride if rotating else 1,
         )

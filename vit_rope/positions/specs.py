@@ -16,6 +16,8 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
+
 from .base import Layout, Position, Sum
 
 Factory = Callable[..., Position]
@@ -110,7 +112,9 @@ def signature(name: str) -> inspect.Signature:
 def _build(node: ast.expr, layout: Layout) -> Position:
     match node:
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return Sum(*(part for side in (left, right) for part in _parts(_build(side, layout))))
+            both = Sum(*(part for side in (left, right) for part in _parts(_build(side, layout))))
+            check_sum(both, layout)
+            return both
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=keywords):
             return _call(name, layout, [_build(argument, layout) for argument in arguments], _options(name, keywords))
         case ast.Name(id=name):
@@ -120,6 +124,17 @@ def _build(node: ast.expr, layout: Layout) -> Position:
 
 def _parts(position: Position) -> list[Position]:
     return [cast(Position, part) for part in position.parts] if isinstance(position, Sum) else [position]
+
+
+def check_sum(both: Sum, layout: Layout) -> None:
+    """Raise ValueError for parts whose encodings cannot be combined, by combining those of a few
+    cells. Parts on the meta device are not looked at.
+    """
+    if any(parameter.is_meta for parameter in both.parameters()):
+        return
+    with torch.no_grad(), torch.device("cpu"):
+        coords = layout.coords()[:2]
+        both.encode(coords, None, None)
 
 
 def _options(name: str, keywords: list[ast.keyword]) -> dict[str, Any]:
@@ -150,7 +165,9 @@ def _call(name: str, layout: Layout, parts: list[Position], options: dict[str, A
             raise ValueError(f"{name} has no option {option!r}; it takes {', '.join(allowed) or 'none'}")
         if not _accepts(allowed[option], value):
             raise ValueError(f"{name}({option}=…) takes {_describe(allowed[option])}, got {value!r}")
-    return scheme(layout, *parts, **options)
+    position = scheme(layout, *parts, **options)
+    position.made_for = layout
+    return position
 
 
 def _accepts(hint: Any, value: Any) -> bool:

@@ -106,7 +106,7 @@ def _concatenate(a: Tensor, b: Tensor) -> Tensor:
 def _compose(a: Tensor, b: Tensor) -> Tensor:
     """One rotation after another: rotations of a pair commute, and their angles add."""
     if a.shape[-2] != b.shape[-2]:
-        raise ValueError(f"rotations of {a.shape[-2]} and of {b.shape[-2]} pairs cannot be summed")
+        raise ValueError(f"rotations of {a.shape[-2]} and of {b.shape[-2]} pairs cannot be summed; give both as many")
     (ca, sa), (cb, sb) = a.unbind(-1), b.unbind(-1)
     return torch.stack((ca * cb - sa * sb, sa * cb + ca * sb), dim=-1)
 

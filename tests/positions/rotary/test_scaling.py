@@ -88,6 +88,8 @@ def test_yarn_counts_revolutions_over_the_training_grid():
         (0.1 * math.log(math.sqrt(2 * 4)) + 1) ** 2
     )
     assert build("yarn(axial, temperature=0)", LAYOUT)(LAYOUT.coords()).scale == 1
+    for factor in ("0.25", "1e-5", "(0.5, 1)", "(0.5, 2)", "1"):  # as in transformers
+        assert build(f"yarn(axial, factor={factor})", LAYOUT)(LAYOUT.coords()).scale == 1
 
 
 @pytest.mark.parametrize("unit", ["index", "pixel", "centered"])

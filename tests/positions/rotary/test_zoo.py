@@ -346,6 +346,9 @@ def test_schemes_that_cannot_be_folded_are_refused():
         fold(RopeViT(32, 16, position="axial", **size))
     with pytest.raises(ValueError, match="queries and keys are normalized after their projection"):
         fold(RopeViT(32, 16, position="string", qk_norm=True, **size))
+    for spec in ("string", "commuting", "learned + string"):
+        with pytest.raises(ValueError, match="linear attention applies a function to queries and keys after"):
+            fold(RopeViT(32, 16, position=spec, attention="linear", **size))
     with pytest.raises(ValueError, match="heads that share keys have different bases"):
         fold(ConvertedViT(32, 16, position="string", num_kv_heads=1, **size))
 
@@ -668,9 +671,7 @@ def test_refusals(spec, head, axes, message):
         build(spec, Layout(width=2 * head, heads=2, grid=(3,) * axes))
 
 
-def test_two_bases_cannot_be_summed():
-    with pytest.raises(ValueError, match="schemes that remake the channels of queries and keys cannot be summed"):
-        build("string + commuting", layout_of())(grid((3, 4)))
+def test_a_basis_and_a_table_can_be_summed():
     assert build("string + learned", layout_of())(grid((3, 4))).v == Transform()
 
 

@@ -15,6 +15,7 @@ class Absolute(Position):
 
     relative = False
     reversible = True
+    unbounded = True
 
     def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
         """Return vectors (N, C) or (B, N, C) at coordinates (N, A) or (B, N, A).

@@ -21,11 +21,11 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class Convolution(Position):
     """x + a depthwise convolution of x over the map of all tokens; see `peg` for the options."""
 
-    unbounded = False  # cells beyond the border count as cells at it, and cells far from any border look the same
+    relative = False  # also if circular: tokens between cells go to the nearest one, so only whole steps change nothing
 
     def __init__(self, layout: Layout, kernel: int, padding: Literal["zeros", "circular"]) -> None:
         super().__init__()
-        self.layout, self.padding, self.relative = layout, padding, padding == "circular"
+        self.layout, self.padding = layout, padding
         self.weight = nn.Parameter(torch.empty(layout.width, 1, *(kernel,) * layout.axes))
         self.bias = nn.Parameter(torch.empty(layout.width))
         self.reset_parameters()
@@ -68,8 +68,8 @@ def peg(layout: Layout, kernel: int = 3, padding: Literal["zeros", "circular"] =
     """x + a depthwise convolution over the map of tokens: PEG of CPVT (arXiv:2102.10882).
 
     A token's location shows only in its neighbors and in the zeros beyond the border. With
-    `padding` "circular" there is no border, so no position leaks. The convolution acts before layer
-    1, or before layer 0 of a model with one layer.
+    `padding` "circular" there is no border, so no position leaks: a shift by whole cells changes
+    nothing. The convolution acts before layer 1, or before layer 0 of a model with one layer.
 
     Dropped tokens are zeros in the map. Tokens with custom coordinates go to the cell of the
     training grid that contains them. Tokens beyond the grid go to its border, or wrap around if

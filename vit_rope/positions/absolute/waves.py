@@ -38,6 +38,7 @@ class SinCos(Absolute):
         if base <= 0:
             raise ValueError(f"sincos needs a positive base, got {base}")
         self.layout, self.base, self.flattened = layout, base, axes == 1
+        self.unbounded = not self.flattened or layout.axes == 1  # cell (0, W) would have the number of (1, 0)
         if layout.width < 2 * (1 if self.flattened else layout.axes):
             raise ValueError(f"width {layout.width} is too small for sines and cosines of {layout.axes} axes")
 

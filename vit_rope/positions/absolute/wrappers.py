@@ -4,11 +4,12 @@ Shapes   B samples, N tokens, C channels, A axes; tokens (B, N, C), coordinates 
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..base import Layout, Position, Sum, Wrapper
+from ..base import Composed, Layout, Position, Sum, Wrapper
 from ..specs import register
 
 
@@ -28,6 +29,13 @@ class Gate(Wrapper):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.gate, self.start)
+
+    def claims_besides(self, claim: Literal["reversible", "unbounded"]) -> bool:
+        if self.start != 0:
+            return super().claims_besides(claim)
+        parts = (part for part in self.scheme.modules() if isinstance(part, Position))
+        attending = (p for p in parts if not isinstance(p, Composed) and type(p).add is Position.add)
+        return any(part.claims_besides(claim) for part in attending)  # a closed gate adds nothing to the tokens
 
     def add(self, x: Tensor, coords: Tensor, grid: Sequence[int] | None, layer: int = 0) -> Tensor:
         return torch.lerp(x, self.scheme.add(x, coords, grid, layer), self.gate.to(x.dtype))  # exact at 0 and at 1

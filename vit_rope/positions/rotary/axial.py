@@ -155,6 +155,11 @@ class Flat(Rotary):
         super().__init__(geometric(layout.head_dim // 2, base)[None, None, None], pairs)
         self.layout = layout
 
+    def radians_per_cell(self, cells: Tensor) -> Tensor:
+        rows = torch.diag_embed(cells.diff(dim=0)[0].double())
+        numbers = self.layout.flatten(rows) - self.layout.flatten(torch.zeros_like(rows))  # (A, 1): cells per step
+        return self.initial_frequencies().double() * numbers
+
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         keys = None if key_coords is None else self.layout.flatten(key_coords, grid)
         return super().encode(self.layout.flatten(coords, grid), keys, None)

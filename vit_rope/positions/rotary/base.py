@@ -24,7 +24,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from ..base import Position
+from ..base import Composed
 from ..encoding import Encoding
 from ..transform import rotation_of
 from .changes import Change
@@ -39,15 +39,15 @@ def geometric(count: int, base: float) -> Tensor:
     return 1.0 / base ** (torch.arange(count, dtype=torch.float32, device="cpu") / max(count, 1))
 
 
-class Rotary(Position):
+class Rotary(Composed):
     """Rotate channel pairs of queries and keys by coordinates times `freqs` (L, H, A, R), fixed or
     learned.
 
     Fixed frequencies are constants of the scheme, neither parameters nor buffers: no cast, no meta
     device and no checkpoint can change them. Learned ones are one float32 parameter, which keeps
-    that precision under `.bfloat16()` and `.half()`. Reversible where the frequencies of each layer
-    and head tell all axes apart. Raises ValueError for frequencies of another shape or a value that
-    is not finite.
+    that precision under `.bfloat16()` and `.half()`. Reversible where the frequencies of all layers
+    and heads together tell the cells of the training grid apart. Raises ValueError for frequencies
+    of another shape or a value that is not finite.
     """
 
     def __init__(self, freqs: Tensor, pairs: Pairs = "interleaved", learned: bool = False) -> None:
@@ -63,7 +63,6 @@ class Rotary(Position):
         self.axes, self.pairs = freqs.shape[-2], pairs
         self.stride = {"interleaved": 1, "half": freqs.shape[-1], "axis": freqs.shape[-1] // self.axes}[pairs]
         self.initial = freqs.detach().to("cpu", torch.float32)  # the fixed frequencies, or where learned ones start
-        self.reversible = bool((torch.linalg.matrix_rank(self.initial) == self.axes).all())
         self.freqs = nn.Parameter(torch.empty(freqs.shape, dtype=torch.float32)) if learned else None
         self.changes: list[Change] = []
         Rotary.reset_parameters(self)
@@ -86,6 +85,12 @@ class Rotary(Position):
     def initial_frequencies(self) -> Tensor:
         """Frequencies (L, H, A, R) before training, with all changes, on the CPU."""
         return self._with_changes(self.initial, None)
+
+    def radians_per_cell(self, cells: Tensor) -> Tensor:
+        return self.initial_frequencies().double() * cells.diff(dim=0)[0][:, None]
+
+    def claims_besides(self, claim: Literal["reversible", "unbounded"]) -> bool:
+        return False
 
     def _with_changes(self, freqs: Tensor, grid: Sequence[int] | None) -> Tensor:
         for change in self.changes:

@@ -126,7 +126,7 @@ class VJepa2(Position):
     each axis.
     """
 
-    relative, reversible = False, True
+    relative, reversible, unbounded = False, True, True
 
     def __init__(self, layout: Layout, base: float = 10000.0) -> None:
         super().__init__()

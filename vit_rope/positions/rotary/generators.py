@@ -121,6 +121,7 @@ class Exponential(Position):
     """
 
     reversible = True
+    unbounded = True
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()

@@ -13,7 +13,6 @@ Shapes   L layers and H heads (1 if shared), A axes, R channel pairs
 from collections.abc import Callable
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from ..base import Layout, Position, Sum, Wrapper
@@ -48,9 +47,7 @@ def modify(layout: Layout, scheme: Position, name: str, make: Make, dynamic: boo
         extent = [n * float(distance) for n, distance in zip(layout.grid, cells.diff(dim=0)[0], strict=True)]
         return make(cast(Rotary, part), extent)
 
-    ends = torch.tensor([[0.0], [1.0]], device="cpu").expand(2, layout.axes)
-    pitch = 1 / layout.cell(ends).diff(dim=0)
-    changed = visit(scheme, torch.cat((torch.zeros_like(pitch), pitch)))
+    changed = visit(scheme, layout.neighbors())
     if not any(along_axes(part, layout) for part in leaves):
         kinds = " + ".join(type(part).__name__ for part in leaves)
         raise ValueError(

@@ -109,8 +109,8 @@ def yarn(
     In between, the share grows with the number of revolutions, counted from one corner of the grid
     to the opposite one. Half a revolution shows all phases to attention that looks both ways; the
     paper's 1 and 32 are for texts. Logits are multiplied by (temperature * ln s + 1)² with s the
-    geometric mean of the factors. Raises ValueError also unless 0 <= slow < fast and temperature >=
-    0.
+    geometric mean of the factors, and stay as they are where s is below 1. Raises ValueError also
+    unless 0 <= slow < fast and temperature >= 0.
     """
     if not 0 <= slow < fast or temperature < 0:
         raise ValueError(f"yarn needs 0 <= slow < fast and temperature >= 0, got {slow}, {fast} and {temperature}")
@@ -172,7 +172,7 @@ def _scale(
     factors = factor if isinstance(factor, tuple) else (factor,) * layout.axes
     if len(factors) != layout.axes or min(factors) <= 0:
         raise ValueError(f"factor is a positive number, or one for each of {layout.axes} axes, got {factor}")
-    scales = iter([(temperature * sum(map(math.log, factors)) / layout.axes + 1) ** 2])
+    scales = iter([(temperature * max(0.0, sum(map(math.log, factors)) / layout.axes) + 1) ** 2])
 
     def make(part: Rotary, extent: list[float]) -> Position:
         return part.changed(Scaled(name, rule, factors, tuple(extent), layout, dynamic, next(scales, 1.0)))
