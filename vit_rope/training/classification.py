@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
 from safetensors.torch import save
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
@@ -103,13 +104,29 @@ class Classification(Learner):
             return F.binary_cross_entropy_with_logits(logits, targets.gt(0.0).float())
         return F.cross_entropy(logits, targets)
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget the scores of earlier evaluations."""
+        self.scores: list[Tensor] = []  # of each batch: loss, correct images and images, summed
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy of a batch as `val/loss` and `val/acc`."""
-        self._score(batch, "val")
+        """Score a batch."""
+        self._score(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss` and `val/acc`."""
+        self._log_scores("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the scores of earlier evaluations."""
+        self.on_validation_epoch_start()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy of a batch as `test/loss` and `test/acc`."""
-        self._score(batch, "test")
+        """Score a batch."""
+        self._score(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/loss` and `test/acc`."""
+        self._log_scores("test")
 
     def export(self, folder: Path, state_dict: dict[str, Tensor], extra: dict[str, Any]) -> Path:
         """Write model.safetensors and config.json, and return the path of the first.
@@ -146,14 +163,17 @@ class Classification(Learner):
             )
         return images, labels
 
-    def _score(self, batch: tuple[Tensor, Tensor], split: str) -> None:
+    def _score(self, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = self._check(batch)
         logits = self(images).float()
-        scores = {
-            f"{split}/loss": F.cross_entropy(logits, labels),
-            f"{split}/acc": (logits.argmax(dim=1) == labels).float().mean(),
-        }
-        self.log_dict(scores, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        correct = (logits.argmax(dim=1) == labels).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        self.scores.append(torch.stack((losses, correct, torch.ones_like(losses))).sum(dim=1))  # stays on the device
+
+    def _log_scores(self, split: str) -> None:
+        """Log the mean loss and accuracy of all images of all processes."""
+        loss, correct, images = self.total(torch.stack(self.scores).cpu().double().sum(dim=0))
+        self.log_dict({f"{split}/loss": loss / images, f"{split}/acc": correct / images}, sync_dist=True)
 
 
 def create_classifier(

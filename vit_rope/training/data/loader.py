@@ -127,13 +127,15 @@ def make_loader(
 ) -> Loader:
     """A loader of this process's share: shuffled full batches for "train", otherwise all in order.
 
-    Raises ValueError if a process has fewer training images than `batch_size`.
+    Raises ValueError if a process has fewer training images than `batch_size`, or no others.
     """
     rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
     train = split == "train"
     sampler = ResumableSampler(len(images), train, rank, world, repeats)
     if train and len(sampler) < batch_size:
         raise ValueError(f"batch_size {batch_size} exceeds the {len(sampler)} training images of each process")
+    if len(images) < world:  # in all processes: one without images would not take part, and the others would wait
+        raise ValueError(f"the {split} set has {len(images)} images for {world} processes: use fewer processes")
     return Loader(
         dataset=SeededDataset(images),
         batch_size=batch_size,
