@@ -28,7 +28,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
     Raises OSError with a one-line message if the disk refuses; `path` is then as it was before.
     """
-    path = Path(path)
+    path = Path(expand_home(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -98,15 +98,32 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
+def expand_home(value: Any) -> Any:
+    """Paths with `~` replaced by the home directory, also all those inside lists and dictionaries.
+
+    A shell leaves it in `--out=~/runs`, and in YAML nobody replaces it. Any text that begins with
+    `~` counts as a path; other values are returned as they are.
+    """
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(map(expand_home, value))
+    if isinstance(value, dict):
+        return {key: expand_home(content) for key, content in value.items()}
+    return value
+
+
 def find(ckpt_path: str, out: str, default: str) -> Path:
     """Resolve `--ckpt_path` to a file; raises FileNotFoundError if there is none.
 
     `ckpt_path` is a file, a run folder (its `default` checkpoint, "best" or "last"), or the word
     "best" or "last" (that checkpoint of the run in `out`).
     """
-    path = Path(ckpt_path)
+    path = Path(expand_home(ckpt_path))
     if ckpt_path in ("best", "last") and not path.exists():
-        path = Path(out, "checkpoints", f"{ckpt_path}.ckpt")
+        path = Path(expand_home(out), "checkpoints", f"{ckpt_path}.ckpt")
     elif path.is_dir():
         path = path / "checkpoints" / f"{default}.ckpt"
     if not path.is_file():
@@ -122,6 +139,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises FileNotFoundError, or ValueError for a file that contains code, is damaged, or holds
     anything but a dictionary with string keys.
     """
+    path = expand_home(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
