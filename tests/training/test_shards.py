@@ -1,6 +1,7 @@
 """Scores of several processes with shares of different sizes are those of one process."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from tests.helpers import CLASSIFIER, CONFIG, TINY, run
 from tests.processes import finish, start
+from vit_rope.cli.fit import filter_warnings
 from vit_rope.training.classification import Classification
 from vit_rope.training.data.in_memory import Digits
 from vit_rope.training.data.loader import make_loader
@@ -59,6 +61,14 @@ def denoiser():
     module = Diffusion("RopeDiT", TINY, num_classes=10, in_chans=1, img_size=8)
     module._errors = lambda images, noise, time, labels: images.flatten(1).mean(dim=1)  # without noise
     return module
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Without the warnings that fit drops, too."""
+    with warnings.catch_warnings():
+        filter_warnings()
+        yield
 
 
 def scores(module, stage: str, count: int, world: int) -> list[dict]:
