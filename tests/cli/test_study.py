@@ -82,7 +82,10 @@ def test_finished_runs_are_kept_if_their_settings_are_the_same(runs, capsys):
     ("options", "told"),
     [
         (["--trainer.max_epochs", "30"], r"options: --trainer.max_epochs 8, now --trainer.max_epochs 30"),
-        (["--trainer.max_epochs", "8", "--sed", "3"], r"options: --trainer.max_epochs 8, now --sed 3 --trainer.max_epochs 8"),
+        (
+            ["--trainer.max_epochs", "8", "--sed", "3"],
+            r"options: --trainer.max_epochs 8, now --sed 3 --trainer.max_epochs 8",
+        ),
         ([], r"options: --trainer.max_epochs 8, now none"),
     ],
 )

@@ -70,7 +70,7 @@ def study(
             (folder / "quality.json").unlink(missing_ok=True)
             record(folder, {"trained": settings})
             own = ("--seed_everything", settings["seed"], "--model.model_args.position", settings["position"])
-            train(["--config", config, *own, *options, "--out", folder, *start])
+            fit_run(["--config", config, *own, *options, "--out", folder, *start])
         if judge is not None and not (folder / "quality.json").is_file():
             from ..training.quality import scores
 
@@ -79,7 +79,7 @@ def study(
             (folder / "quality.json").write_text(json.dumps(quality) + "\n")
 
 
-def train(options: Sequence[object]) -> None:
+def fit_run(options: Sequence[object]) -> None:
     """Run `vit-rope fit`; if a signal ends it, say how the study continues."""
     from .fit import main as fit  # loads Lightning, which a table of finished runs does not need
 
