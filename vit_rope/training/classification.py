@@ -6,7 +6,7 @@ Shapes   B images, C channels, (H, W) height and width of an image
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -220,9 +220,7 @@ def load_weights(model: nn.Module, path: str, name: str) -> None:
     state = content if key is None else content[key]
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path} has no weights: its {key} is not a dictionary with names as keys")
-    for prefix in ("module.", "model."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    state = without_prefixes(state, model.state_dict(), path)
     # timm's convention: the file of a model has a function that converts its checkpoints
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
@@ -238,6 +236,26 @@ def load_weights(model: nn.Module, path: str, name: str) -> None:
         state = {**state, **{key: initial[key] for key in misfits}}
     check_fit(model, state, name)
     model.load_state_dict(state)
+
+
+def without_prefixes(state: Mapping[str, Any], wanted: Collection[str], path: str) -> dict[str, Any]:
+    """The weights by their names in the model itself, not in what a program had wrapped around it.
+
+    `_orig_mod.` (torch.compile, also of a part), `module.` (DistributedDataParallel, averages) and
+    `model.` (this library, Lightning) go, in any order, unless a name is one of `wanted`. Raises
+    ValueError if two names then are the same.
+    """
+    weights = {name: value for name, value in state.items() if name != "n_averaged" or name in wanted}
+    renamed = {name: name if name in wanted else name.replace("_orig_mod.", "") for name in weights}
+    while True:
+        prefixes = ("module.", "model.")
+        found = [prefix for prefix in prefixes if all(name.startswith(prefix) for name in renamed.values())]
+        if not renamed or not found or any(name in wanted for name in renamed.values()):
+            break
+        renamed = {name: short.removeprefix(found[0]) for name, short in renamed.items()}
+    if len(set(renamed.values())) < len(renamed):
+        raise ValueError(f"{path} has the same weights twice, once with and once without a prefix such as _orig_mod.")
+    return {short: weights[name] for name, short in renamed.items()}
 
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
