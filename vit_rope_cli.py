@@ -8,8 +8,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
-from pathlib import Path
 
 VERBS = {  # the description of each verb, and an example
     "fit": "train a model from a YAML file: fit --config configs/digits_vit.yaml",
@@ -40,6 +38,8 @@ def main(args: Sequence[str] | None = None) -> None:
     elif verb == "--version":
         print(f"vit-rope {version()}")
     elif verb not in VERBS:
+        from difflib import get_close_matches  # here, because --help must not wait for it
+
         near = get_close_matches(verb, VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"vit-rope: there is no verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
@@ -68,8 +68,9 @@ def usage() -> str:
 
 def version() -> str:
     """The version of the package, which is not imported for it."""
-    text = Path(__file__).with_name("vit_rope").joinpath("__init__.py").read_text(encoding="utf-8")
-    return next(line.split('"')[1] for line in text.splitlines() if line.startswith("__version__"))
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vit_rope", "__init__.py")
+    with open(path, encoding="utf-8") as file:
+        return next(line.split('"')[1] for line in file if line.startswith("__version__"))
 
 
 if __name__ == "__main__":

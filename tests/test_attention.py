@@ -120,24 +120,24 @@ def test_dropout_zeroes_weights():
     [
         (
             lambda: attend(*qkv(8), ROTARY),
-            "the encoding places 7 tokens, but there are 8 queries; "
+            "the encoding is for 7 tokens, but there are 8 queries; "
             "give position(coords, prefix=…) the number of tokens that have no position",
         ),
-        (lambda: attend(qkv()[0], *qkv(8)[1:], ROTARY), "the encoding places 7 tokens, but there are 8 keys"),
+        (lambda: attend(qkv()[0], *qkv(8)[1:], ROTARY), "the encoding is for 7 tokens, but there are 8 keys"),
         (
             lambda: attend(*qkv(8), Encoding(biases=[torch.zeros(1, 1, 7, 7)])),
-            "places 7 tokens, but there are 8 queries",
+            "is for 7 tokens, but there are 8 queries",
         ),
         (lambda: attend(*qkv(), ROTARY, mask=~CLOSED, causal=True), "attend takes a mask or causal=True, not both"),
         (
             lambda: attend(*qkv(), Encoding(biases=[torch.zeros(1, 1, 7, 8)])),
-            "places 8 tokens, but there are 7 keys",
+            "is for 8 tokens, but there are 7 keys",
         ),
         (
             lambda: attend(
                 *qkv(), Encoding(term_lists=[[RelativeTerm(torch.ones(1, 1, 8), torch.zeros(1, 7, 6).long(), "v")]])
             ),
-            "places 6 tokens, but there are 7 keys",
+            "is for 6 tokens, but there are 7 keys",
         ),
         (
             lambda: attend_qkv(torch.zeros(1, 7, 50), 2, ROTARY),
@@ -172,3 +172,18 @@ def test_bases_are_matrices_of_heads_their_blocks_or_one_for_all_tokens(shared, 
     own = torch.randn(3, 8, 8, generator=generator, dtype=torch.float64)
     got = attend(q, k, v, Encoding(Transform(basis=[own]), prefix=(1, 1)))
     torch.testing.assert_close(got, attend(q @ own, k @ own, v, Encoding()), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("none", "Encoding(prefix 1, 1)"),
+        ("axial", "Encoding(q: rotation of 4 pairs; prefix 1, 1)"),
+        ("swin", "Encoding(bias of 12 layer(s); prefix 1, 1)"),
+        ("shaw + yarn(axial)", "Encoding(q: rotation of 4 pairs; terms of 12 layer(s); scale 1.143; prefix 1, 1)"),
+        ('alibi(distance="quadratic")', "Encoding(q: 6 extra channels; k: 6 extra channels; prefix 1, 1)"),
+    ],
+)
+def test_encodings_print_in_one_line(spec, text):
+    layout = Layout(width=16, heads=2, grid=(2, 3))
+    assert repr(build(spec, layout)(layout.coords(), prefix=1)) == text

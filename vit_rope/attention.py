@@ -50,7 +50,7 @@ def attend(
     v = encoding.apply("v", v, layer)
     if k.shape[1] != v.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    if encoding.q.extra:
+    if encoding.extra("q") is not None:
         q, k = encoding.append("q", q * scale, layer), encoding.append("k", k, layer)
         v, scale = F.pad(v, (0, q.shape[-1] - width)), 1.0  # flash kernels need heads of one width
     q, k = q.to(v.dtype), k.to(v.dtype)
@@ -144,7 +144,7 @@ def attend_features(q: Tensor, k: Tensor, v: Tensor, encoding: Encoding, layer: 
 
 def check_linear(encoding: Encoding) -> None:
     """Raise ValueError for an encoding that linear attention could only apply in part."""
-    if encoding.biases or encoding.term_lists or encoding.q.extra:
+    if encoding.adds_logits():
         raise ValueError("linear attention has no logits, so a scheme that adds a bias to them cannot be used")
     if encoding.polar:
         raise ValueError("linear attention has its own features, so a scheme that makes others cannot be used")

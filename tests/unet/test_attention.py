@@ -256,7 +256,7 @@ def test_attention_with_positions_needs_a_grid_and_no_other_keys():
         module(x)
     with pytest.raises(ValueError, match="keys from elsewhere"):
         module(x, encoder_hidden_states=x, grid=(4, 6))
-    with pytest.raises(ValueError, match="places 12 tokens, but there are 24"):
+    with pytest.raises(ValueError, match="is for 12 tokens, but there are 24"):
         module(x, grid=(4, 3))
 
 

@@ -45,10 +45,10 @@ def decay_bound(position: Position, displacements: Tensor, layer: int = 0) -> Te
 def _phases(position: Position, displacements: Tensor, layer: int) -> Tensor:
     """Rotations (H, ..., R) over displacements (..., A), as complex numbers e^(iθ)."""
     coords = displacements.reshape(-1, displacements.shape[-1])
-    layers = position(coords).q.tables()
-    if not layers:
+    table = position(coords).rotation(layer)
+    if table is None:
         raise ValueError("a kernel needs a rotary scheme, such as axial or mixed; this one rotates nothing")
-    phases = torch.view_as_complex(layers[layer % len(layers)][0].contiguous()).transpose(0, 1)  # (H, N, R)
+    phases = torch.view_as_complex(table[0].contiguous()).transpose(0, 1)  # (H, N, R)
     return phases.reshape(len(phases), *displacements.shape[:-1], -1)
 
 
@@ -190,9 +190,9 @@ def distinct_bias_rows(position: Position, grid: tuple[int, ...], layer: int = 0
     bias = encoding.bias(layer)
     if bias is not None:
         parts.append(bias[0, :, 0])
-    if encoding.q.extra and encoding.k is not None and encoding.k.extra:
-        q, k = (side.extra[layer % len(side.extra)][0] for side in (encoding.q, encoding.k) if side.extra)
-        parts.append((q * k).sum(dim=-1))
+    q, k = encoding.extra("q", layer), encoding.extra("k", layer)
+    if q is not None and k is not None:
+        parts.append((q[0] * k[0]).sum(dim=-1))
     for table, index, _ in encoding.terms(layer, "q", "k", "v"):  # index T means no row
         parts.append(torch.nn.functional.pad(table, (0, 0, 0, 1))[:, index.flatten()].mT.flatten(0, 1))
     if not parts:

@@ -8,7 +8,7 @@ Shapes   queries, keys (B, H, N, D): B samples, H heads, N = side² tokens, D = 
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ def installed() -> list[str]:
 def axial_table(side: int) -> Tensor:
     """The table of cosines and sines (N, D / 2, 2) of our scheme `axial`."""
     layout = Layout(HEAD_DIM, 1, (side, side), 1)
-    tables = build("axial", layout)(layout.coords(), grid=[side, side]).q.rotation
-    return torch.cat(tables or [])[0, :, 0]
+    table = build("axial", layout)(layout.coords(), grid=[side, side]).rotation()
+    return cast(Tensor, table)[0, :, 0]
 
 
 def _axial_angles(side: int) -> Tensor:

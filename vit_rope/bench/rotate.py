@@ -78,9 +78,10 @@ def _rotation_table(spec: str, heads: int, side: int) -> tuple[Tensor, int]:
     """The table (1, N, H or 1, D / 2, 2) of a rotary scheme and the stride of its pairs."""
     layout = Layout(heads * HEAD_DIM, heads, (side, side), 1)
     encoding = build(spec, layout)(layout.coords(), grid=[side, side])
-    if not encoding.q.rotation:
+    table = encoding.rotation()
+    if table is None:
         raise ValueError(f"{spec} rotates no queries, so there is no rotation to measure; --specs takes rotary schemes")
-    return encoding.q.rotation[0], encoding.stride
+    return table, encoding.stride
 
 
 def _own_rotation(table: Tensor, stride: int, prefix: int) -> RotateGroups:

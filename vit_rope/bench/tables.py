@@ -45,7 +45,8 @@ def _make_tables(spec: str, layout: Layout) -> Callable[[], object]:
     def run() -> None:
         with torch.no_grad():
             encoding = position(grid(layout.grid), 1, grid=list(layout.grid))
-            encoding.q.tables()  # of all layers, deferred ones too
+            for layer in range(layout.depth):  # deferred tables are made here
+                encoding.rotation(layer)
 
     return run
 

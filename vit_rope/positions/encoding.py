@@ -179,9 +179,20 @@ class Encoding(NamedTuple):
 
     def append(self, side: Side, x: Tensor, layer: int) -> Tensor:
         """x (B, H, N, D) with extra channels (B, H, N, E), zero for tokens without a position."""
-        extra = entry(self.transform(side).extra or [], layer)
+        extra = self.extra(side, layer)
+        if extra is None:
+            return x
         extra = F.pad(extra.to(x.dtype), (0, 0, self.prefix[side == "k"], 0))
         return torch.cat((x, extra.expand(*x.shape[:-1], -1)), dim=-1)
+
+    def extra(self, side: Side, layer: int = 0) -> Tensor | None:
+        """The channels (B, H, N, E) that `append` appends to a side at a layer, if any."""
+        extra = self.transform(side).extra
+        return entry(extra, layer) if extra else None
+
+    def adds_logits(self) -> bool:
+        """Whether positions add anything to the logits."""
+        return any(len(tables or ()) > 0 for tables in (self.biases, self.term_lists, self.q.extra))
 
     # ---- how encodings are made -----------------------------------------------------------
 

@@ -143,6 +143,6 @@ def check_tokens(encoded: int, tokens: int, what: str) -> None:
     """Raise ValueError unless an encoding is for as many tokens as there are."""
     if encoded != tokens:
         raise ValueError(
-            f"the encoding places {encoded} tokens, but there are {tokens} {what}; "
+            f"the encoding is for {encoded} tokens, but there are {tokens} {what}; "
             f"give position(coords, prefix=…) the number of tokens that have no position"
         )
