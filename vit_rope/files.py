@@ -7,6 +7,7 @@ unfinished file has a name that nothing reads. Needs torch and safetensors, but 
 Shapes   those of a module's own parameters and buffers
 """
 
+import argparse
 import os
 import pickle
 import shutil
@@ -28,7 +29,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
     Raises OSError with a one-line message if the disk refuses; `path` is then as it was before.
     """
-    path = Path(path)
+    path = Path(expand_home(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -98,20 +99,39 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
+def expand_home(value: Any) -> Any:
+    """Paths with `~` replaced by the home directory, also all those inside lists and dictionaries.
+
+    A shell leaves it in `--out=~/runs`, and in YAML nobody replaces it. Any text that begins with
+    `~` counts as a path; other values are returned as they are.
+    """
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(map(expand_home, value))
+    if isinstance(value, dict):
+        return {key: expand_home(content) for key, content in value.items()}
+    return value
+
+
 def find(ckpt_path: str, out: str, default: str) -> Path:
     """Resolve `--ckpt_path` to a file; raises FileNotFoundError if there is none.
 
-    `ckpt_path` is a file, a run folder (its `default` checkpoint, "best" or "last"), or the word
-    "best" or "last" (that checkpoint of the run in `out`).
+    `ckpt_path` is a file, a run folder (its `default` checkpoint, "best" or "last", and the last
+    one if there is no best), or the word "best" or "last" (that checkpoint of the run in `out`).
     """
-    path = Path(ckpt_path)
+    path = Path(expand_home(ckpt_path))
     if ckpt_path in ("best", "last") and not path.exists():
-        path = Path(out, "checkpoints", f"{ckpt_path}.ckpt")
+        path = Path(expand_home(out), "checkpoints", f"{ckpt_path}.ckpt")
     elif path.is_dir():
-        path = path / "checkpoints" / f"{default}.ckpt"
+        names = [default] if default == "last" else [default, "last"]
+        paths = [path / "checkpoints" / f"{name}.ckpt" for name in names]
+        path = next((path for path in paths if path.is_file()), paths[0])
     if not path.is_file():
         raise FileNotFoundError(
-            f"no checkpoint {path} for --ckpt_path {ckpt_path}; leave out --ckpt_path to start from scratch"
+            f"no checkpoint {path}; give the file of a checkpoint, or the folder of a run that has one"
         )
     return path
 
@@ -119,18 +139,24 @@ def find(ckpt_path: str, out: str, default: str) -> Path:
 def read(path: str | Path) -> dict[str, Any]:
     """A checkpoint or safetensors file as a dictionary, on the CPU, read without running any code.
 
+    It may hold an `argparse.Namespace`, the options of a program, as files of timm's train.py do.
     Raises FileNotFoundError, or ValueError for a file that contains code, is damaged, or holds
     anything but a dictionary with string keys.
     """
+    path = expand_home(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # torch warns about the pickle protocol of files that it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not is_pickled(path):
+            raise ValueError(
+                f"{path} is not a checkpoint: neither torch.save nor safetensors wrote it; give a file of weights"
+            ) from error
         message = f"{path} was not loaded: it holds more than tensors and plain values, and could run code"
         raise ValueError(message) from error
     except Exception as error:  # torch raises many kinds of exceptions on a damaged file
@@ -140,6 +166,12 @@ def read(path: str | Path) -> dict[str, Any]:
             f"{path} is not a checkpoint: expected a dictionary with string keys, got {type(content).__name__}"
         )
     return content
+
+
+def is_pickled(path: str | Path) -> bool:
+    """Whether a file begins as the files of torch.save do: a zip archive or a pickle."""
+    with Path(path).open("rb") as file:
+        return file.read(4).startswith((b"PK\x03\x04", b"\x80"))
 
 
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:

@@ -167,9 +167,10 @@ def test_arguments_of_a_checkpoint_and_of_imports_are_found(tmp_path, monkeypatc
     assert rest == ["fit", "--lr", "-1", "--model.position", "mixed + learned"]
     assert fit.with_checkpoint(rest, modules) == rest
     assert fit.with_checkpoint([*rest, "--ckpt_path", "x", "-c", "y"], modules) == [
-        *rest,
+        "fit",
+        "--config",
+        "y",
+        *rest[1:],
         "--ckpt_path",
         "x",
-        "-c",
-        "y",
     ]

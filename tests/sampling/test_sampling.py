@@ -126,7 +126,7 @@ def test_losses_are_the_squared_error_by_noise_level(monkeypatch, size):
     logged = {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value.item()}))
     strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
-    module.trainer = SimpleNamespace(global_rank=0, strategy=strategy, num_val_batches=[0])
+    module.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy, num_val_batches=[0])
     module.on_validation_epoch_start()
     for index, images in enumerate(torch.zeros(4000, 1, 8, 8).split(size)):
         module.validation_step((images, torch.zeros(len(images)).long()), index)
@@ -144,7 +144,7 @@ def test_validation_noise_is_the_same_each_time_and_does_not_affect_training(mon
     found = []
     monkeypatch.setattr(module, "log", lambda name, value, **_: found.append(value.item()))
     strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
-    module.trainer = SimpleNamespace(global_rank=0, strategy=strategy, num_val_batches=[0])
+    module.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy, num_val_batches=[0])
     batch = (torch.rand(12, 1, 8, 8), torch.zeros(12).long())
     before = torch.random.get_rng_state()
     for index in (3, 3, 4):

@@ -9,7 +9,10 @@ import os
 import re
 import signal
 import struct
+import subprocess
+import sys
 import tarfile
+import time
 import zlib
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import IterableImageDataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from vit_rope.training.data import timm as timm_data
@@ -26,7 +30,7 @@ from vit_rope.training.data.augment import Augment
 from vit_rope.training.data.files import MAX_PIXELS, read_image
 from vit_rope.training.data.folder import ImageFolder
 from vit_rope.training.data.in_memory import CIFAR, Digits, FashionMNIST, Images, find_idx, hold_out, read_idx
-from vit_rope.training.data.loader import ResumableSampler
+from vit_rope.training.data.loader import WORKERS, ResumableSampler, end_workers
 from vit_rope.training.data.timm import TimmData
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -316,6 +320,64 @@ def test_workers_ignore_signals_and_end_with_the_main_process():
     del loader
     worker.join(5)
     assert worker.exitcode == 0
+
+
+SCRIPT = """
+from vit_rope.training.data.in_memory import Digits
+data = Digits(batch_size=4, workers=2)
+data.setup()
+loader = data.train_dataloader()
+batches = iter(loader)
+next(batches)
+print("first", flush=True)
+%s
+"""
+
+
+def test_workers_that_ignore_signals_are_ended_at_exit():
+    """Not by multiprocessing, which would wait for them without limit."""
+    data = Digits(batch_size=4, workers=2)
+    data.setup()
+    batches, before = iter(data.train_dataloader()), set(multiprocessing.active_children())
+    handler = signal.getsignal(signal.SIGCHLD)
+    next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    try:
+        end_workers()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    assert len(workers) == 2
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_workers_of_a_start_that_fails_are_registered(monkeypatch):
+    def start(_):
+        process.start()
+        raise OSError("no more processes")
+
+    process = multiprocessing.Process(target=time.sleep, args=(60,), daemon=True)
+    monkeypatch.setattr(DataLoader, "__iter__", start)
+    data = Digits(batch_size=4)
+    data.setup()
+    try:
+        with pytest.raises(OSError, match="no more processes"):
+            next(iter(data.train_dataloader()))
+        assert process in WORKERS
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["", "raise KeyError", "import sys; sys.exit(3)"])
+def test_script_with_workers_ends(end):
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT % end], capture_output=True, text=True, timeout=120, env=dict(os.environ)
+    )
+    assert result.stdout == "first\n"
+    assert result.returncode == {"": 0, "raise KeyError": 1}.get(end, 3)
+    assert ("Error" in result.stderr) == (end == "raise KeyError")
+    assert time.monotonic() - began < 60
 
 
 # Image folders

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import math
@@ -137,7 +138,7 @@ def test_number_and_name_of_best_checkpoints_are_fixed(config, tmp_path, option)
 
 @pytest.mark.parametrize("callback", ["checkpoint", "EarlyStopping"])
 def test_monitor_that_is_not_logged_is_refused_before_the_first_epoch(config, tmp_path, callback):
-    options = ["--checkpoint.monitor", "val/nope"]
+    options = ["--checkpoint.monitor", "val/nope", "--checkpoint.mode", "max"]
     if callback == "EarlyStopping":
         options = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/nope"]
     with pytest.raises(
@@ -250,9 +251,29 @@ def test_lock_excludes_other_processes(tmp_path):
     assert other_process_with_lock(tmp_path).communicate(timeout=30)[1] == "taken\n"
     assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     lock.release()
+    assert list(tmp_path.iterdir()) == []
     with other_process_with_lock(tmp_path) as other:
         assert other.stdout.readline() == "mine\n"
         other.kill()
+
+
+def test_lock_whose_file_was_removed_by_its_last_holder_is_taken_anew(tmp_path, monkeypatch):
+    """Between opening and locking it; else a third process could lock the next file meanwhile."""
+    lock, path = FolderLock(tmp_path), tmp_path / ".lock"
+    opened, lockf = [], fcntl.lockf
+
+    def slow(file, flags):
+        if not opened:
+            path.unlink()
+        opened.append(file)
+        lockf(file, flags)
+
+    monkeypatch.setattr(fcntl, "lockf", slow)
+    lock.take()
+    assert len(opened) == 2
+    assert other_process_with_lock(tmp_path).communicate(timeout=30)[1] == "taken\n"
+    lock.release()
+    assert not path.exists()
 
 
 def test_run_that_fails_in_its_first_batch_does_not_occupy_its_folder(config, tmp_path, monkeypatch):
@@ -266,7 +287,7 @@ def test_run_that_fails_in_its_first_batch_does_not_occupy_its_folder(config, tm
         patch.setattr(Classification, "loss", lambda *_: [].pop())
         with pytest.raises(IndexError):
             run("--config", config, "--out", tmp_path / "other")
-    assert [path.name for path in (tmp_path / "other").iterdir()] == [".lock"]
+    assert list((tmp_path / "other").iterdir()) == []
     run("--config", config, "--out", tmp_path / "other", "--trainer.max_epochs", 1)
 
 

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,33 @@ def test_resumed_within_an_epoch(configs, tmp_path, options, steps):
     assert best["best_model_score"] == pytest.approx(scores[-1], rel=1e-5)  # it includes the validation at this step
     run(*args, "--out", tmp_path / "r", "--ckpt_path", "last")
     assert_same(tmp_path / "uninterrupted", tmp_path / "r")
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(4, 2), (8, 1), (2, 1), (6, 2)])
+def test_other_batches_within_an_epoch_are_refused(batch_size, processes):
+    """A process of two that resumes with batches of two: the size of all together counts."""
+    trainer = SimpleNamespace(global_rank=0, world_size=processes)
+    batches = make_loader(range(64), "train", batch_size, 0, trainer)
+    batches.load_state_dict({"epoch": 0, "batches": 3, "size": 4})
+    with pytest.raises(ValueError, match=rf"3 batches of 4 images in all .* now are {batch_size * processes}: resume"):
+        next(iter(batches))
+    batches.sampler.set_epoch(1)  # the epoch had ended
+    assert len(list(batches)) == len(batches)
+    same = make_loader(range(64), "train", 2, 0, SimpleNamespace(global_rank=0, world_size=2))
+    same.load_state_dict({"epoch": 0, "batches": 3, "size": 4})
+    assert len(list(same)) == len(same) - 3
+
+
+def test_run_with_other_batches_resumes_between_epochs_only(configs, tmp_path):
+    args = ("--config", configs["classifier"], "--out", tmp_path / "r", "--trainer.max_epochs", 2)
+    stop_after(args, 9)
+    before = (tmp_path / "r" / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"within an epoch, after \d batches of 64 images .* now are 32: resume with"):
+        run(*args, "--ckpt_path", "last", "--data.batch_size", 32)
+    assert (tmp_path / "r" / "config.yaml").read_text() == before
+    run(*args, "--ckpt_path", "last", "--trainer.max_epochs", 2)
+    run(*args, "--ckpt_path", "last", "--trainer.max_epochs", 3, "--data.batch_size", 32)
+    assert last_checkpoint(tmp_path / "r")["epoch"] == 2
 
 
 def test_runs_with_max_steps_can_be_extended_within_an_epoch(configs, tmp_path):
@@ -242,9 +270,10 @@ def test_random_changes_do_not_depend_on_the_process_or_the_first_batch():
     assert draws(workers=1)[0] == epoch
     first, batches = draws(take=1)
     state = batches.state_dict()
-    assert state == {"epoch": 2, "batches": 1}
+    assert state == {"epoch": 2, "batches": 1, "size": 4}
     assert first + draws(state=state)[0] == epoch
     assert draws(state={"epoch": 1, "batches": 1})[0] == epoch  # saved at the end of the previous epoch
+    assert draws(state={"epoch": 2, "batches": 1})[0] == draws(state=state)[0]  # of an earlier release
     torch.manual_seed(6)
     before = torch.random.get_rng_state()
     assert (

@@ -86,7 +86,7 @@ def test_folder_of_a_run(fitted):
     assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
         "checkpoints", "config.yaml", "exported", "metrics.jsonl", "summary.json",
     ]  # fmt: skip
-    assert (folder / ".lock").is_file()
+    assert not (folder / ".lock").exists()
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert load(folder, "last")["epoch"] == 1
     for name in ("summary.json", "config.yaml"):

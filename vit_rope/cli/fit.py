@@ -86,7 +86,6 @@ class CLI(LightningCLI):
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/acc",
-                "checkpoint.mode": "max",
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.enable_version_counter": False,
             }
@@ -106,6 +105,8 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        for key, value in list(self.config.items()):
+            self.config[key] = files.expand_home(value)
 
     def _parse_ckpt_path(self) -> None:
         """Find and check the checkpoint. Unlike Lightning, keep the settings as they are."""
@@ -223,10 +224,14 @@ def pop_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def with_checkpoint(args: list[str], modules: list[str]) -> list[str]:
-    """The arguments; without `--config` the configuration inside `--ckpt_path` comes first."""
+    """The arguments, the configuration first: the files of `--config`, or the one in `--ckpt_path`.
+
+    What follows a configuration overrides it, so no option is lost wherever `--config` stands.
+    """
     (ckpt_paths, _), (outs, _) = _known(args, "--ckpt_path"), _known(args, "--out")
-    if not ckpt_paths or _known(args, "--config", "-c")[0]:
-        return args
+    configs, others = _known(args, "--config", "-c")
+    if configs or not ckpt_paths:
+        return [args[0], *(word for path in configs for word in ("--config", path)), *others[1:]]
     out = outs[-1] if outs else "runs/run"
     path = files.find(ckpt_paths[-1], out, "last" if args[0] == "fit" else "best")
     config = trust.embedded_config(files.read(path), path, modules)

@@ -10,6 +10,8 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from docstring_parser import parse
 from jsonargparse import ArgumentParser
 
+from ..files import expand_home
+
 WORDS = {"<class '": "", "'>": "", "typing.": "", "Expected a ": "expected ", "Expected ": "expected "}
 WORDS |= {". Got value:": ", got", "dot import path string": "the name of a known class"}
 NOT_SAID = ("NoneType", "Expected a path but")  # alternatives that jsonargparse lists but users do not mean
@@ -82,8 +84,11 @@ class VerbParser(OneLineErrors):
         return super().add_argument(*names, **settings)
 
     def run(self, args: Sequence[str]) -> Any:
-        """Parse the arguments, call the function with them and return its result."""
-        options = self.parse_args(list(args)).as_dict()
+        """Parse the arguments, call the function with them and return its result.
+
+        `~` at the start of a path is replaced by the home directory.
+        """
+        options = {key: expand_home(value) for key, value in self.parse_args(list(args)).as_dict().items()}
         if self.config is not None:
             fields = inspect.signature(self.config).parameters
             options["config"] = self.config(**{key: options.pop(key) for key in fields})

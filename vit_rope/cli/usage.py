@@ -33,7 +33,7 @@ KEYS = {
     "model": "class of the model and how it learns, one of those below",
     "data": "class of the data, one of those below",
     "trainer": "Lightning's Trainer: max_epochs, devices, precision, accelerator, …",
-    "checkpoint": "best.ckpt: the score that chooses it (monitor) and its mode, min or max",
+    "checkpoint": "best.ckpt: the score that chooses it (monitor); its mode, min or max",
     "last": "last.ckpt: how often it is saved (every_steps)",
     "ema": "moving average of the weights (decay)",
 }

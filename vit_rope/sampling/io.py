@@ -42,7 +42,7 @@ def load(
     Raises FileNotFoundError if there is nothing at the path, and ValueError for anything but a
     denoiser, such as a classifier, and if there is nothing to scale.
     """
-    path = Path(path)
+    path = Path(files.expand_home(path))
     if path.is_dir():
         names = ("model_index.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "exported/model_index.json")
         file = next((path / name for name in names if (path / name).is_file()), None)

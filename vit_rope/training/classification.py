@@ -6,12 +6,13 @@ Shapes   B images, C channels, (H, W) height and width of an image
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
 from safetensors.torch import save
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
@@ -103,13 +104,29 @@ class Classification(Learner):
             return F.binary_cross_entropy_with_logits(logits, targets.gt(0.0).float())
         return F.cross_entropy(logits, targets)
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget the scores of earlier evaluations."""
+        self.scores: list[Tensor] = []  # of each batch: loss, correct images and images, summed
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy of a batch as `val/loss` and `val/acc`."""
-        self._score(batch, "val")
+        """Score a batch."""
+        self._score(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss` and `val/acc`."""
+        self._log_scores("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the scores of earlier evaluations."""
+        self.on_validation_epoch_start()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy of a batch as `test/loss` and `test/acc`."""
-        self._score(batch, "test")
+        """Score a batch."""
+        self._score(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/loss` and `test/acc`."""
+        self._log_scores("test")
 
     def export(self, folder: Path, state_dict: dict[str, Tensor], extra: dict[str, Any]) -> Path:
         """Write model.safetensors and config.json, and return the path of the first.
@@ -146,14 +163,17 @@ class Classification(Learner):
             )
         return images, labels
 
-    def _score(self, batch: tuple[Tensor, Tensor], split: str) -> None:
+    def _score(self, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = self._check(batch)
         logits = self(images).float()
-        scores = {
-            f"{split}/loss": F.cross_entropy(logits, labels),
-            f"{split}/acc": (logits.argmax(dim=1) == labels).float().mean(),
-        }
-        self.log_dict(scores, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        correct = (logits.argmax(dim=1) == labels).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        self.scores.append(torch.stack((losses, correct, torch.ones_like(losses))).sum(dim=1))  # stays on the device
+
+    def _log_scores(self, split: str) -> None:
+        """Log the mean loss and accuracy of all images of all processes."""
+        loss, correct, images = self.total(torch.stack(self.scores).cpu().double().sum(dim=0))
+        self.log_dict({f"{split}/loss": loss / images, f"{split}/acc": correct / images}, sync_dist=True)
 
 
 def create_classifier(
@@ -200,9 +220,7 @@ def load_weights(model: nn.Module, path: str, name: str) -> None:
     state = content if key is None else content[key]
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path} has no weights: its {key} is not a dictionary with names as keys")
-    for prefix in ("module.", "model."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    state = without_prefixes(state, model.state_dict(), path)
     # timm's convention: the file of a model has a function that converts its checkpoints
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
@@ -218,6 +236,26 @@ def load_weights(model: nn.Module, path: str, name: str) -> None:
         state = {**state, **{key: initial[key] for key in misfits}}
     check_fit(model, state, name)
     model.load_state_dict(state)
+
+
+def without_prefixes(state: Mapping[str, Any], wanted: Collection[str], path: str) -> dict[str, Any]:
+    """The weights by their names in the model itself, not in what a program had wrapped around it.
+
+    `_orig_mod.` (torch.compile, also of a part), `module.` (DistributedDataParallel, averages) and
+    `model.` (this library, Lightning) go, in any order, unless a name is one of `wanted`. Raises
+    ValueError if two names then are the same.
+    """
+    weights = {name: value for name, value in state.items() if name != "n_averaged" or name in wanted}
+    renamed = {name: name if name in wanted else name.replace("_orig_mod.", "") for name in weights}
+    while True:
+        prefixes = ("module.", "model.")
+        found = [prefix for prefix in prefixes if all(name.startswith(prefix) for name in renamed.values())]
+        if not renamed or not found or any(name in wanted for name in renamed.values()):
+            break
+        renamed = {name: short.removeprefix(found[0]) for name, short in renamed.items()}
+    if len(set(renamed.values())) < len(renamed):
+        raise ValueError(f"{path} has the same weights twice, once with and once without a prefix such as _orig_mod.")
+    return {short: weights[name] for name, short in renamed.items()}
 
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:

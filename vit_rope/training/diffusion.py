@@ -6,7 +6,7 @@ Shapes   B images, C channels, (H, W) height and width of an image
 import inspect
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -199,11 +199,13 @@ class Diffusion(Learner):
     def _score(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add up the errors of a batch.
 
-        Successive images get successive noise levels, whatever the batch size.
+        Successive images of the set get successive noise levels, whatever the batch size and the
+        number of processes, of which each has every `world_size`-th image.
         """
         images, labels = self._check(batch, batch_idx)
         steps, count = len(self.noise.betas), int(self.scores[1].sum())
-        level = (torch.arange(len(images), device=self.device) + count) % LEVELS
+        number = torch.arange(len(images), device=self.device) + count
+        level = (number * self.trainer.world_size + self.global_rank) % LEVELS
         generator = self._generator(0, 0, batch_idx, self.global_rank)
         noise = torch.randn(images.shape, generator=generator, device=self.device)
         offset = torch.rand(len(images), generator=generator, device=self.device)  # within the level
@@ -213,8 +215,7 @@ class Diffusion(Learner):
 
     def _log_scores(self, split: str) -> None:
         """Log the mean error of each noise level and of all, over all processes."""
-        totals = self.trainer.strategy.reduce(self.scores.to(self.device, torch.float32), reduce_op="sum")
-        errors, counts = cast(Tensor, totals).cpu()
+        errors, counts = self.total(self.scores)
         for level in counts.nonzero()[:, 0].tolist():
             name = f"{split}/loss_t{level * len(self.noise.betas) // LEVELS:03}"
             self.log(name, errors[level] / counts[level], sync_dist=True)

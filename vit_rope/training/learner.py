@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -71,6 +71,16 @@ class Learner(LightningModule):
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
             norm = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
             self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Add up sums over images over all processes; the result is float64, on the CPU.
+
+        A mean over all images is a quotient of two totals. Lightning's own mean of shares that
+        differ in size is wrong: it rounds the number of images per process down (#21859).
+        """
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # there is no float64 on mps
+        total = self.trainer.strategy.reduce(sums.to(self.device, dtype), reduce_op="sum")
+        return cast(Tensor, total).cpu().double()
 
     def on_train_epoch_end(self) -> None:
         """Log how many damaged images were skipped, if the data set counts them."""

@@ -41,6 +41,7 @@ class Judge(nn.Module):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
+        folder = files.expand_home(folder)
         folder = Path(folder, "exported") if Path(folder, "exported").is_dir() else Path(folder)
         if not (folder / "model.safetensors").is_file():
             raise FileNotFoundError(f"{folder} has no model.safetensors; --judge needs a finished run of a classifier")
@@ -72,6 +73,7 @@ class Inception(nn.Module):
             raise ValueError(f"--judge inception needs --weights, your copy of {WEIGHTS}; nothing is downloaded")
         if importlib.util.find_spec("torch_fidelity") is None:
             raise ValueError("--judge inception needs the network of torch-fidelity: pip install torch-fidelity")
+        weights = files.expand_home(weights)
         if not Path(weights).is_file():
             raise FileNotFoundError(f"{weights} is not a file; --weights needs your copy of {WEIGHTS}")
         try:  # torch-fidelity would run code in the file

@@ -28,12 +28,14 @@ class Reseed(Callback):
         self.seed = torch.initial_seed()
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Restore the state of the data loader.
+        """Restore the state of the data loader, and check that it can resume within an epoch.
 
-        Lightning 2.6 does not when the schedule counts the batches, which creates the loader
-        before its state is known.
+        Lightning 2.6 does not restore it when the schedule counts the batches, which creates the
+        loader before its state is known.
         """
         trainer.fit_loop._load_combined_loader_states()
+        if (check := getattr(trainer.train_dataloader, "check_resumed", None)) is not None:
+            check(trainer.fit_loop.epoch_progress.current.processed)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seed this step."""

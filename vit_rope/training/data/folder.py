@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+from ...files import expand_home
 from .files import MAX_PIXELS, ImageFiles, OnError, collate_readable, printable
 from .in_memory import Strength
 from .loader import make_loader
@@ -139,7 +140,7 @@ class ImageFolder(FromFiles):
 
     def __init__(self, root: str, **options: Any):
         super().__init__(**options)
-        self.root = Path(root)
+        self.root = Path(expand_home(root))
         self.folders = {"train": self.root / "train", "val": self.root / "val"}
         self.folders["test"] = self.root / "test" if (self.root / "test").is_dir() else self.folders["val"]
         self.classes = class_names(self.folders)

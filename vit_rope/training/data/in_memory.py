@@ -24,6 +24,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import FashionMNIST as Download
 from torchvision.transforms import v2
 
+from ...files import expand_home
 from .augment import Augment
 from .loader import make_loader
 
@@ -161,7 +162,7 @@ class FashionMNIST(InMemory):
 
     def __init__(self, root: str = "data", download: bool = False, **options: Any):
         super().__init__(**options)
-        self.root, self.download = root, download
+        self.root, self.download = expand_home(root), download
 
     def prepare_data(self) -> None:
         if self.download:
@@ -197,7 +198,7 @@ class CIFAR(InMemory):
 
     def __init__(self, root: str = "data", classes: Literal[10, 100] = 10, download: bool = False, **options: Any):
         super().__init__(**options)
-        self.root, self.num_classes, self.download = root, classes, download
+        self.root, self.num_classes, self.download = expand_home(root), classes, download
         self.source = CIFAR100 if classes == 100 else CIFAR10
 
     def prepare_data(self) -> None:

@@ -8,6 +8,7 @@ from timm.data import create_dataset
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import v2
 
+from ...files import expand_home
 from .files import printable
 from .folder import FromFiles
 from .loader import Loader, worker_init_fn
@@ -43,10 +44,10 @@ class TimmData(FromFiles):
         **options: Any,
     ):
         super().__init__(**options)
-        self.num_classes, self.set, self.root = num_classes, name, root
+        self.num_classes, self.set, self.root = num_classes, name, expand_home(root)
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
         for split in {} if name else self.splits.values():
-            if not (path := Path(root, f"{split}.tar")).is_file():
+            if not (path := Path(self.root, f"{split}.tar")).is_file():
                 raise ValueError(f"no file {path}: TimmData without a name needs ROOT/SPLIT.tar")
 
     def source(self, split: str) -> Any:

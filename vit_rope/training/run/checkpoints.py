@@ -12,14 +12,14 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ...files import naming_os_errors, replacing
+from ...files import expand_home, naming_os_errors, replacing
 from .progress import print_status
 
 
@@ -42,7 +42,7 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, dirpath: str = "checkpoints", every_steps: int = 0):
         if every_steps < 0:
             raise ValueError(f"last.every_steps must be at least 0 (after each epoch only), got {every_steps}")
-        self.path, self.every_steps = Path(dirpath, "last.ckpt"), every_steps
+        self.path, self.every_steps = Path(expand_home(dirpath), "last.ckpt"), every_steps
         self.saved, self.requested, self.signal, self.agreed = 0, False, 0, False
         self.handlers: dict[int, Any] = {}
 
@@ -145,6 +145,21 @@ def failed_processes(processes: Sequence[Any], patience: float = 1.0) -> list[tu
     return [(rank, process.poll()) for rank, process in enumerate(processes, start=1) if process.poll()]
 
 
+def best_mode(monitor: str | None) -> Literal["min", "max"] | None:
+    """Whether a score is best at its lowest or highest value; None if its name does not tell."""
+    name = (monitor or "").rpartition("/")[2]
+    if "loss" in name:
+        return "min"
+    return "max" if "acc" in name else None
+
+
+def check_mode(setting: str, monitor: str | None, mode: str | None) -> None:
+    """Raise ValueError if `mode` would choose the worst value of the monitored score."""
+    best = best_mode(monitor)
+    if best is not None and mode in ("min", "max") and mode != best:
+        raise ValueError(f"{setting} is {monitor}, and its mode {mode} chooses the worst: set its mode to {best}")
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, keeping checkpoints/best.ckpt only, also in a moved run folder.
 
@@ -155,18 +170,38 @@ class BestCheckpoint(ModelCheckpoint):
         dirpath: the folder of the file, set from `out`
         filename: must be "best"
         save_top_k: must be 1
+        monitor: the score that chooses the checkpoint
+        mode: whether the lowest or the highest score is best; auto is min for a loss and max for an
+            accuracy
         kwargs: those of ModelCheckpoint
 
-    Raises ValueError for a different `filename` or `save_top_k`: other commands look for best.ckpt.
+    Raises ValueError for a different `filename` or `save_top_k`, because other commands look for
+    best.ckpt, and for a mode that would keep the worst.
     """
 
-    def __init__(self, dirpath: str | None = None, filename: str = "best", save_top_k: int = 1, **kwargs: Any):
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        filename: str = "best",
+        save_top_k: int = 1,
+        monitor: str | None = None,
+        mode: Literal["auto", "min", "max"] = "auto",
+        **kwargs: Any,
+    ):
         if save_top_k != 1 or filename != "best":
             raise ValueError(
                 "a run keeps best.ckpt and last.ckpt only: leave out checkpoint.save_top_k and checkpoint.filename, "
                 f"which must be 1 and 'best', got {save_top_k} and {filename!r}"
             )
-        super().__init__(dirpath=dirpath, filename=filename, save_top_k=save_top_k, **kwargs)
+        best = "min" if monitor is None else best_mode(monitor)
+        if mode == "auto" and best is None:
+            raise ValueError(
+                f"checkpoint.monitor is {monitor}, neither a loss nor an accuracy: set checkpoint.mode to min or max"
+            )
+        check_mode("checkpoint.monitor", monitor, mode)
+        mode = best if mode == "auto" and best is not None else mode
+        own: dict[str, Any] = {"dirpath": dirpath, "filename": filename, "save_top_k": save_top_k}
+        super().__init__(**own, monitor=monitor, mode=mode, **kwargs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -188,15 +223,16 @@ class BestCheckpoint(ModelCheckpoint):
             state |= {"dirpath": None, "best_model_path": ""}
 
     def _check_monitors(self, trainer: Any, name: str) -> None:
-        """Raise ValueError if this or early stopping monitors a score that nobody logs.
+        """Raise ValueError if a callback monitors a score that nobody logs, or its worst value.
 
         Lightning's validation before the first epoch calls this, so the run ends before it trains.
         """
         scores = sorted(score for score in trainer.callback_metrics if score.startswith("val/"))
         for callback in trainer.callbacks:
             monitor = getattr(callback, "monitor", None) if getattr(callback, "strict", True) else None
+            setting = "checkpoint.monitor" if callback is self else f"the monitor of {type(callback).__name__}"
+            check_mode(setting, monitor, getattr(callback, "mode", None))
             if isinstance(monitor, str) and monitor.startswith("val/") and monitor not in scores:
-                setting = "checkpoint.monitor" if callback is self else f"the monitor of {type(callback).__name__}"
                 raise ValueError(
                     f"{setting} is {monitor}, which {name} does not log: "
                     f"choose one of {', '.join(scores)}, and its mode, min or max"

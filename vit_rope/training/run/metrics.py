@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from ...files import naming_os_errors
+from ...files import expand_home, naming_os_errors
 
 
 class MetricsLogger(Logger):
@@ -30,7 +30,7 @@ class MetricsLogger(Logger):
 
     def __init__(self, out: str, stage: str = "fit"):
         super().__init__()
-        self.out, self.stage, self.rows = out, stage, 0
+        self.out, self.stage, self.rows = expand_home(out), stage, 0
 
     @property
     def name(self) -> str:
