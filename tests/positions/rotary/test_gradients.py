@@ -67,3 +67,10 @@ def test_xpos_has_the_gradient_of_its_decay():
     torch.manual_seed(0)
     position = build("xpos(scale=2)", Layout(width=8, heads=2, grid=(5,)))
     check(position, torch.randn(5, 1, dtype=torch.float64), 4, 2)
+
+
+def test_pope_keeps_the_precision_of_its_queries():
+    torch.manual_seed(0)
+    encoding = build("pope", Layout(width=8, heads=2, grid=(3,)))(torch.arange(3.0, dtype=torch.float64)[:, None])
+    q, k, v = (torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, encoding), (q, k, v))

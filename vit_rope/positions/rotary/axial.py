@@ -197,8 +197,8 @@ class Flat(Rotary):
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
         keys = None if key_coords is None else self.layout.flatten(_precise(key_coords), grid)
         encoding = super().encode(self.layout.flatten(_precise(coords), grid), keys, None)
-        q, k = (side and side.rounded(coords.dtype) for side in (encoding.q, encoding.k))
-        return encoding._replace(q=q, k=k)
+        k = None if encoding.k is None else encoding.k.rounded(coords.dtype)
+        return encoding._replace(q=encoding.q.rounded(coords.dtype), k=k)
 
 
 def _precise(coords: Tensor) -> Tensor:
