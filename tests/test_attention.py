@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from tests import oracles
 from vit_rope.attention import attend, attend_qkv
+from vit_rope.ops.rotate import may_overwrite
 from vit_rope.positions import Encoding, Layout, build
 from vit_rope.positions.coords import grid
 from vit_rope.positions.encoding import RelativeTerm
@@ -66,11 +67,50 @@ def test_attend_is_the_loop(fused, encoding, masking):
                 torch.testing.assert_close(out[b, h], want, rtol=0, atol=1e-9)
 
 
+def misfit(spec, heads, batch, tokens=6):
+    """Attention under an encoding of 2 heads, 2 samples and 6 tokens."""
+    position = build(spec, Layout(width=16, heads=2, grid=(2, 3), depth=1))
+    q, k, v = torch.randn(3, batch, heads, tokens, 8)
+    return attend(q, k, v, position(COORDS.expand(2, -1, -1)))
+
+
 @pytest.mark.parametrize("encoding", [Encoding(), ROTARY, biased()])
 def test_attend_qkv_is_the_same_function(encoding):
     packed = torch.randn(2, 7, 48)
     q, k, v = packed.view(2, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
     torch.testing.assert_close(attend_qkv(packed, 2, encoding, 1), attend(q, k, v, encoding, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "share",
+    [
+        lambda q, k, v: (q, q, v),
+        lambda q, k, v: (q, k, k),
+        lambda q, k, v: (q, k, q),
+        lambda q, k, v: (q, q[:, :, 1:], v[:, :, 1:]),
+        lambda q, k, v: (q, k[:, :1].expand(-1, 2, -1, -1), v),
+        lambda q, k, v: torch.stack((q, k, v)).unbind(0),
+    ],
+)
+def test_tensors_that_share_memory_are_not_overwritten(share, dtype):
+    q, k, v = share(*torch.randn(3, 2, 2, 7, 8).to(dtype))
+    places = grid((7,)), grid((7,))[7 - k.shape[2] :]
+    encoding = build("axial", Layout(width=16, heads=2, grid=(7,)))(places[0], key_coords=places[1])
+    want = attend(q.clone(), k.clone(), v.clone(), encoding)
+    kept = [t.clone() for t in (q, k, v)]
+    torch.testing.assert_close(attend(q, k, v, encoding, overwrite=True), want, rtol=0, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip((q, k, v), kept, strict=True))
+
+
+def test_what_may_be_overwritten():
+    q, k, v = (torch.randn(2, 2, 7, 8) for _ in range(3))
+    assert may_overwrite(q, k.transpose(1, 2), v[:, :, 1:])
+    assert may_overwrite(torch.randn(2, 8, 3, 5).flatten(2).transpose(1, 2))  # heads cut out of a convolution's map
+    assert may_overwrite(torch.randn(1, 1, 1, 1).expand(1, 1, 1, 1), q[:0])
+    assert not may_overwrite(q, k, k)
+    assert not may_overwrite(torch.randn(9).unfold(0, 4, 2))
+    assert not may_overwrite(q.requires_grad_(), k)
 
 
 def test_attend_qkv_does_not_change_its_input():
@@ -138,6 +178,33 @@ def test_dropout_zeroes_weights():
                 *qkv(), Encoding(term_lists=[[RelativeTerm(torch.ones(1, 1, 8), torch.zeros(1, 7, 6).long(), "v")]])
             ),
             "is for 6 tokens, but there are 7 keys",
+        ),
+        *(
+            (call, f"the encoding is for {count}")
+            for spec in ("axial", "axial(learned=True)", "alibi", 'alibi(distance="quadratic")', "tupe", "swin")
+            for heads, batch, count in ((3, 2, "2 heads"), (1, 2, "2 heads"), (2, 3, "a batch of 2"))
+            for call in (lambda spec=spec, heads=heads, batch=batch: misfit(spec, heads, batch),)
+            if batch == 3 or spec != "axial"
+        ),
+        (lambda: misfit('alibi(distance="quadratic")', 2, 2, 5), "the encoding places 6 tokens, but there are 5"),
+        (lambda: misfit("sandwich", 2, 2, 5), "the encoding places 6 tokens, but there are 5"),
+        (lambda: misfit("axial", 2, 2, 5), "the encoding places 6 tokens, but there are 5"),
+        (
+            lambda: build("axial", Layout(width=16, heads=2, grid=(2, 3)))(COORDS, prefix=-1),
+            "the number of tokens without a position must be 0 or more, got -1 and -1",
+        ),
+        *(
+            (
+                lambda spec=spec: build(spec, Layout(width=16, heads=2, grid=(2, 3)))(COORDS, grid=[6]),
+                "grid [6] has 1 axes, but the coordinates have 2; give the number of cells along each axis",
+            )
+            for spec in ("axial", "mixed", "flat")
+        ),
+        (
+            lambda: attend_qkv(
+                torch.zeros(1, 6, 72), 3, build("mixed", Layout(width=32, heads=2, grid=(2, 3), depth=1))(COORDS)
+            ),
+            "the encoding is for 2 heads, but there are queries of 3; build the scheme with a Layout of 3 heads",
         ),
         (
             lambda: attend_qkv(torch.zeros(1, 7, 50), 2, ROTARY),

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops.rotate import rotate_groups
+from .ops.rotate import may_overwrite, rotate_groups
 from .ops.softmax import attention_weights, masked
 from .positions.encoding import Encoding
-from .positions.transform import Transform, check_tokens
+from .positions.transform import Transform, check_fits, check_tokens
 
 
 def attend(
@@ -34,9 +34,10 @@ def attend(
     `mask`, broadcastable to (B, H, N, M), is True where a query may attend, or is added to the
     scaled logits; `causal` hides later keys. An encoding without a bias leaves the mask as it is,
     so that flash kernels can be used. `fused=False` computes the softmax explicitly, for exporters.
-    `overwrite` allows the rotation to overwrite q and k. Keys and values may have fewer heads, each
-    shared by a group of query heads. Raises ValueError where the encoding is for another number of
-    tokens, or where mask and causal are both given.
+    `overwrite` allows the rotation to overwrite q and k, unless two of q, k and v share memory.
+    Keys and values may have fewer heads, each shared by a group of query heads. Raises ValueError
+    where the encoding is for another number of tokens, heads or samples, or where mask and causal
+    are both given.
     """
     if causal and mask is not None:
         raise ValueError("attend takes a mask or causal=True, not both; put the causal part into the mask")
@@ -44,7 +45,7 @@ def attend(
     bias = encoding.added_logits(q, k, layer, scale)
     if bias is not None:
         mask, causal = masked(bias.to(v.dtype), mask, causal), False
-    overwrite = overwrite and not encoding.reads_content()
+    overwrite = overwrite and not encoding.reads_content() and may_overwrite(q, k, v)
     q = encoding.apply("q", q, layer, overwrite)
     k = encoding.apply("k", k, layer, overwrite)
     v = encoding.apply("v", v, layer)
@@ -92,8 +93,9 @@ def attend_qkv(
         return attend(q, k, v, encoding, layer, mask, causal, dropout, fused, False)
     prefix = encoding.prefix[0]
     check_tokens(prefix + table.shape[1], groups.shape[1], "queries")
+    check_fits(table.shape[0], table.shape[2], groups.select(2, 0).transpose(1, 2), "queries")
     q, k, v = rotate_groups(groups, table, 2, encoding.stride, prefix, overwrite)
-    return attend(q, k, v, encoding._replace(q=Transform()), layer, mask, causal, dropout, fused, overwrite)
+    return attend(q, k, v, encoding._replace(q=Transform()), layer, mask, causal, dropout, fused, False)
 
 
 def attend_linear(

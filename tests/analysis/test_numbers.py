@@ -105,10 +105,11 @@ def test_decay_bound_is_su_s_and_bounds_scores(displacement):
     bound = analysis.decay_bound(position, torch.tensor([displacement])).item()
     assert bound == pytest.approx(want, rel=1e-5)
     q, k = torch.randn(2, 16, dtype=torch.complex128)
-    content = torch.cat((q * k.conj(), torch.zeros(1)))
     rotation = torch.polar(torch.ones(16), 100 ** (-torch.arange(16.0) / 16) * displacement)
-    score = (content[:16] * rotation).sum().abs().item()
-    assert score <= 16 * bound * content.diff().abs().max().item() * (1 + 1e-6)
+    for content in (q * k.conj(), torch.ones(16)):  # the last has no steps but that from the last pair to 0
+        score = (content * rotation).sum().abs().item()
+        steps = torch.cat((content, torch.zeros(1))).diff().abs()
+        assert score <= 16 * bound * steps.max().item() * (1 + 1e-6)
 
 
 def test_a_base_of_one_never_decays():
@@ -156,6 +157,48 @@ def test_aliases_of_a_flattened_image_are_the_wraps():
     assert analysis.aliases(build("sumcoords", layout), (14, 14))[0].tolist() == [1, -1]
     for spec in ("axial", "mixed", "simplex", "goldengate"):
         assert len(analysis.aliases(build(spec, layout), (14, 14))) == 0
+
+
+PLACEMENTS = [
+    {"unit": unit, "origin": origin}
+    for unit in ("index", "centered", "centered_shorter", "centered_longer")
+    for origin in (0.0, 1.5, (0.25, -2.0), "center")
+]
+
+
+def by_hand(spec, options, cells):
+    """The kernel (H, N) at displacements (N, A) in cells, from rotations of the whole grid."""
+    layout = Layout(width=48, heads=2, grid=(5, 4), depth=1, **options)
+    torch.manual_seed(0)
+    position = build(spec, layout)
+    table = torch.view_as_complex(position(layout.coords()).q.tables()[0].double().contiguous())[0]  # (N, H, R)
+    first = 3 if min(cells[1]) < 0 else 0  # the end of the first row, from where columns can be counted back
+    return position, (table[[first + r * 4 + c for r, c in cells]] * table[first].conj()).real.mean(dim=-1).T
+
+
+@pytest.mark.parametrize("options", PLACEMENTS)
+@pytest.mark.parametrize("spec", ["axial", "mixed", "flat", "normalize(axial)", "xy(axial)", "sumcoords"])
+def test_displacements_are_cells_in_every_unit_and_origin(spec, options):
+    for cells in ([(0, 0), (0, 1), (2, 3), (4, 0)], [(0, 0), (1, -3), (3, -1)]):
+        position, want = by_hand(spec, options, cells)
+        got = kernel(position, torch.tensor(cells, dtype=torch.float64)).detach().double()
+        torch.testing.assert_close(got, want.expand_as(got), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", PLACEMENTS)
+def test_numbers_of_a_grid_in_every_unit_and_origin(options):
+    layout = Layout(width=64, heads=2, grid=(14, 14), depth=1, **options)
+    assert analysis.aliases(build("flat", layout), (14, 14)).tolist() == [[1, -13]]
+    for spec, count in (("swin", 729), ("t5(max_distance=14)", 729), ("alibi", 94), ("shaw(clip=4)", 81)):
+        assert analysis.distinct_bias_rows(build(spec, layout), (14, 14)) == count
+    for spec, flash in (("sandwich", "sandwich(flash=False)"), ('alibi(distance="quadratic")', "alibi")):
+        counts = [analysis.distinct_bias_rows(build(each, layout), (14, 14)) for each in (spec, flash)]
+        assert counts[0] == counts[1]
+
+
+def test_the_margin_of_dinov3_is_that_of_its_own_coordinates():
+    position = build("dinov3", Layout(width=64, heads=1, grid=(14, 14), depth=1, unit="centered"))
+    assert reversibility_margin(position, (14, 14)) == pytest.approx(0.0276, abs=2e-4)
 
 
 def test_flattening_distorts_distances():

@@ -342,6 +342,32 @@ def test_a_hook_on_the_projection_may_keep_its_output():
     torch.testing.assert_close(kept, attention.qkv(first), rtol=0, atol=0)
 
 
+class Recording(torch.nn.Linear):
+    """A layer that keeps its output."""
+
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("wrap", [Recording, lambda *sizes: torch.nn.Sequential(Recording(*sizes)), torch.nn.Linear])
+def test_outputs_that_a_projection_keeps_are_not_rotated(wrap):
+    net, x = model("axial"), images(64, 64)
+    attention = net.blocks[1].attn
+    plain, inputs = attention.qkv, []
+    attention.qkv = wrap(plain.in_features, plain.out_features)
+    attention.qkv.load_state_dict(
+        {key: plain.state_dict()[key.removeprefix("0.")] for key in attention.qkv.state_dict()}
+    )
+    want = net(x)
+    attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), want, rtol=0, atol=1e-6)
+        for module in attention.qkv.modules():
+            if isinstance(module, Recording):
+                torch.testing.assert_close(module.kept, plain(inputs[0]), rtol=0, atol=1e-6)
+
+
 def test_extracted_projections_are_not_rotated():
     from timm.models._features_fx import create_feature_extractor
 

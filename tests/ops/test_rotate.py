@@ -10,12 +10,19 @@ from hypothesis import strategies as st
 from tests import oracles
 from vit_rope.ops import eager, gradient
 from vit_rope.ops.rotate import formula, rotate, rotate_groups
-from vit_rope.ops.tables import angles, cos_sin
+from vit_rope.ops.tables import angles, cos_sin, on_circle
 from vit_rope.positions.coords import grid
 
 
 def table(theta):
     return torch.stack((theta.cos(), theta.sin()), dim=-1)
+
+
+def placed(theta):
+    """The table of angles (B, N, H, R), made as schemes make theirs: every token has an axis."""
+    samples, tokens, heads, pairs = theta.shape
+    coords = torch.eye(samples * tokens, dtype=theta.dtype).unflatten(0, (samples, tokens))
+    return cos_sin(theta.transpose(1, 2).transpose(0, 1).reshape(1, heads, samples * tokens, pairs), coords)[0]
 
 
 def by_hand(x, theta, stride, prefix):
@@ -72,14 +79,14 @@ def test_every_implementation_rotates_each_pair_by_its_matrix(
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize("shape", [(1, 3, 1, 2), (2, 3, 2, 2), (1, 3, 2, 2)])
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("decay", [1.0, 0.7])
-def test_gradients_of_channels_and_of_angles(stride, prefix, shape, overwrite, decay):
+@pytest.mark.parametrize("make", [table, lambda theta: 0.7 * table(theta), placed])
+def test_gradients_of_channels_and_of_angles(stride, prefix, shape, overwrite, make):
     torch.manual_seed(0)
     x = torch.randn(2, prefix + 3, 3, 2, 5, dtype=torch.float64, requires_grad=True)
     theta = torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
     def rotated(x, theta):
-        return rotate_groups(x * 1.0, decay * table(theta), 2, stride, prefix, overwrite)
+        return rotate_groups(x * 1.0, make(theta), 2, stride, prefix, overwrite)
 
     assert torch.autograd.gradcheck(rotated, (x, theta))
     assert torch.autograd.gradgradcheck(lambda x, theta: rotated(x, theta)[:2], (x, theta))
@@ -99,7 +106,7 @@ def test_a_batch_in_pieces_equals_a_batch_at_once(shape, stride, dtype, monkeypa
         monkeypatch.setattr(eager, "SCRATCH", limit)
         monkeypatch.setattr(gradient, "SCRATCH", limit)
         leaf, angle = x.clone().requires_grad_(), theta.clone().requires_grad_()
-        out = rotate_groups(leaf * 1, table(angle), 2, stride, 1, overwrite=True)
+        out = rotate_groups(leaf * 1, placed(angle), 2, stride, 1, overwrite=True)
         for got, want in zip(out[:2], x.unbind(2), strict=False):
             want = by_hand(want.transpose(1, 2), theta, stride, 1)
             torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=2**-7)
@@ -117,6 +124,29 @@ def test_gradients_of_frequencies(full_grid):
     sizes = [2, 3] if full_grid else None
     assert torch.autograd.gradcheck(lambda freqs: cos_sin(freqs, coords, sizes), (freqs,))
     assert torch.autograd.gradgradcheck(lambda freqs: cos_sin(freqs, coords, sizes), (freqs,))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 2), (2, 3, 2, 2), (1, 3, 2, 2)])
+def test_gradients_of_a_table_of_any_modulus(shape, stride, overwrite):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 3, 2, 5, dtype=torch.float64, requires_grad=True)
+    entries = torch.randn(*shape, 2, dtype=torch.float64)
+    entries[0, 0, 0, 0] = 0  # a decay that underflows
+
+    def rotated(x, entries):
+        return rotate_groups(x * 1.0, entries, 2, stride, 1, overwrite)
+
+    assert torch.autograd.gradcheck(rotated, (x, entries.requires_grad_()))
+    assert torch.autograd.gradgradcheck(lambda x, entries: rotated(x, entries)[:2], (x, entries))
+
+
+def test_tables_of_modulus_one_are_recognised():
+    freqs = torch.randn(2, 1, 2, 4, requires_grad=True)
+    made = cos_sin(freqs, grid((2, 3)))
+    assert all(on_circle(layer) for layer in (*made.unbind(0), made[1]))
+    assert not any(on_circle(t) for t in (0.7 * made[0], made[0].detach(), table(torch.randn(1, 3, 1, 4))))
 
 
 def test_gradients_of_coordinates():
@@ -159,10 +189,11 @@ def test_rotation_saves_only_its_table_for_the_backward_pass():
 
 def test_a_rotation_in_place_needs_no_more_memory_than_no_positions():
     x = torch.randn(2, 8, 3, 2, 16, requires_grad=True)
+    learned = cos_sin(torch.randn(1, 2, 1, 8, requires_grad=True), grid((8,)))[0]
     for overwrite, copies in ((True, 3), (False, 5)):  # in units of the size of the queries
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            groups = rotate_groups(x * 1.0, table(torch.randn(1, 8, 2, 8)).requires_grad_(), 2, overwrite=overwrite)
+            groups = rotate_groups(x * 1.0, learned, 2, overwrite=overwrite)
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*groups, *kept] if t.ndim > 3
         }
@@ -187,6 +218,13 @@ def test_function_transforms():
     torch.testing.assert_close(each, torch.stack([rotate(part, table(theta)) for part in x]))
     _, along = torch.func.jvp(lambda x: rotate(x, table(theta)), (x[0],), (x[1],))
     torch.testing.assert_close(along, rotate(x[1], table(theta)))
+
+
+def test_a_leaf_that_learns_is_not_overwritten():
+    x = torch.randn(1, 2, 3, 4, requires_grad=True)
+    kept = x.detach().clone()
+    rotate(x, table(torch.randn(1, 3, 1, 2)), overwrite=True)
+    assert torch.equal(x, kept)
 
 
 def test_a_single_token_at_an_odd_offset():

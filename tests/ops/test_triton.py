@@ -4,6 +4,7 @@ architectures.
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -38,6 +39,19 @@ for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-6), (torch.
         for group in x.unbind(2):  # one by one, as in the backward pass
             rotate_pairs(group, cos_sin * torch.tensor([1.0, -1.0]), stride, group)
         torch.testing.assert_close(qkv, kept, rtol=2 * tolerance, atol=2 * tolerance)
+heads = torch.randn(2, 3, 2, 12, 5)  # cut out of a map with channels first
+x = heads.permute(0, 4, 1, 2, 3)  # (B, N, G, H, D)
+theta = 4 * torch.randn(1, 5, 2, 6)
+cos_sin = torch.stack((theta.cos(), theta.sin()), dim=-1)
+want = torch.stack([formula(x[:, :, g], cos_sin, 1) for g in range(3)], dim=2)
+kept, strided = x.clone(), torch.empty_like(heads).permute(0, 4, 1, 2, 3)
+dense = x.clone(memory_format=torch.contiguous_format)
+for source, out in ((x, torch.empty_like(dense)), (dense, strided), (x, strided)):
+    rotate_pairs(source, cos_sin, 1, out)
+    torch.testing.assert_close(out, want)
+    assert torch.equal(source, kept)
+rotate_pairs(x, cos_sin, 1, x)
+torch.testing.assert_close(x, want)
 print("passed")
 """
 
@@ -46,6 +60,23 @@ def test_the_interpreted_kernel_matches_the_formula():
     env = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, timeout=300)
     assert run.stdout.strip().endswith("passed"), run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("batch", [0, 3, 65_536, 200_000])
+def test_only_the_first_size_of_a_launch_grows_with_the_batch(batch, monkeypatch):
+    from vit_rope.ops import triton
+
+    sizes = []
+
+    class Recorder:
+        def __getitem__(self, size):
+            sizes.append(size)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(triton, "rotate_kernel", Recorder())
+    x = torch.empty(batch, 17, 2, 3, 4)
+    triton.rotate_pairs(x, torch.empty(1, 17, 1, 2, 2), 1, x)
+    assert sizes == [(2 * batch, 6)]  # CUDA allows 2^31 - 1 programs along the first, 65,535 along the others
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -66,6 +97,8 @@ def test_the_kernel_compiles_ahead_of_time(capability, dtype, tmp_path, monkeypa
     built = compile(source, target=GPUTarget("cuda", capability, 32))
     assert f"sm_{capability}" in built.asm["ptx"]
     assert len(built.asm["cubin"]) > 0
+    assert "arith.muli" in built.asm["ttir"]
+    assert not re.search(r"muli .*tensor<16x1xi32>", built.asm["ttir"])  # offsets of tokens have 64 bits
 
 
 @pytest.mark.cuda

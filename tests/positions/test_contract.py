@@ -179,6 +179,19 @@ def test_reset_parameters_sets_every_parameter(spec, axes):
 
 
 @pytest.mark.parametrize(("spec", "axes"), EVERY)
+def test_reset_parameters_draws_again_what_is_random(spec, axes):
+    position, _ = make(spec, axes)
+    first = {key: value.clone() for key, value in position.state_dict().items()}
+    other = make(spec, axes, seed=1)[0].state_dict()
+    random = [key for key, value in other.items() if not torch.equal(value, first[key])]
+    for module in position.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for key, value in position.state_dict().items():
+        assert torch.equal(value, first[key]) == (key not in random), key
+
+
+@pytest.mark.parametrize(("spec", "axes"), EVERY)
 def test_gradients_reach_every_parameter(spec, axes):
     position, layout = make(spec, axes)
     x, weights = tokens(layout)

@@ -59,7 +59,8 @@ def without_rotation(model):
     for module in model.modules():
         if isinstance(module, Rotary):
             module.initial = torch.zeros_like(module.initial)
-            module.reset_parameters()
+            if module.freqs is not None:
+                torch.nn.init.zeros_(module.freqs)
     return model
 
 

@@ -1,7 +1,8 @@
 """Properties of position schemes as numbers; `vit_rope.plots` draws some of them.
 
 Shapes   A axes, H heads (1 if all heads share their frequencies), R channel pairs that rotate,
-         D = 2·R channels of a head, Δ displacements (..., A) in cells of a grid
+         D = 2·R channels of a head, Δ displacements (..., A) in cells of the training grid,
+         whatever the unit and the origin of the scheme's coordinates
 """
 
 import math
@@ -25,7 +26,8 @@ def kernel(position: Position, displacements: Tensor, layer: int = 0) -> Tensor:
     if only Δ = 0 gives K = 1, because ||R(p) - R(p')||² = 2 D (1 - K(p - p')) for rotations R(p) of
     D channels.
 
-    Raises ValueError for a scheme that rotates nothing.
+    A scheme that `build` did not make has no layout: Δ is then in its coordinates. Raises
+    ValueError for a scheme that rotates nothing.
     """
     return _phases(position, displacements, layer).real.mean(dim=-1)
 
@@ -35,7 +37,8 @@ def decay_bound(position: Position, displacements: Tensor, layer: int = 0) -> Te
 
     It is the mean of |S_i| over i, where S_i sums e^(iθ_jΔ) over the pairs j up to i. The absolute
     value of a score is at most R times this bound, times the largest difference between
-    neighbouring pairs of the content q_j conj(k_j) (arXiv:2104.09864, section 3.4.3).
+    neighbouring pairs of the content q_j conj(k_j), where 0 follows the last pair: equal content
+    has one step, from its last pair to 0 (arXiv:2104.09864, section 3.4.3).
 
     Raises ValueError for a scheme that rotates nothing.
     """
@@ -43,13 +46,23 @@ def decay_bound(position: Position, displacements: Tensor, layer: int = 0) -> Te
 
 
 def _phases(position: Position, displacements: Tensor, layer: int) -> Tensor:
-    """Rotations (H, ..., R) over displacements (..., A), as complex numbers e^(iθ)."""
-    coords = displacements.reshape(-1, displacements.shape[-1])
-    table = position(coords).rotation(layer)
+    """Rotations (H, ..., R) from cell 0 to displacements (..., A), as complex numbers e^(iθ)."""
+    cells = displacements.reshape(-1, displacements.shape[-1])
+    table = position(_coords(position, torch.cat((torch.zeros_like(cells[:1]), cells)))).rotation(layer)
     if table is None:
         raise ValueError("a kernel needs a rotary scheme, such as axial or mixed; this one rotates nothing")
-    phases = torch.view_as_complex(table[0].contiguous()).transpose(0, 1)  # (H, N, R)
+    phases = torch.view_as_complex(table[0].contiguous()).transpose(0, 1)  # (H, 1 + N, R)
+    phases = phases[:, 1:] * phases[:, :1].conj()
     return phases.reshape(len(phases), *displacements.shape[:-1], -1)
+
+
+def _coords(position: Position, cells: Tensor) -> Tensor:
+    """Coordinates (..., A) of cells (..., A) of the training grid, as the layout measures them."""
+    layout, cells = position.made_for, cells if cells.is_floating_point() else cells.double()
+    if layout is None:
+        return cells
+    first, next_cell = layout.cell(torch.zeros_like(cells[:1])), layout.cell(torch.ones_like(cells[:1]))
+    return (cells - first) / (next_cell - first)
 
 
 def reversibility_margin(position: Position, grid: tuple[int, ...], layer: int = 0) -> float:
@@ -184,8 +197,8 @@ def distinct_bias_rows(position: Position, grid: tuple[int, ...], layer: int = 0
     is added to logits counts: biases, products of extra channels, and the table rows that content
     is multiplied with. Raises ValueError for a scheme that adds nothing.
     """
-    displacements = offsets(grid).float()
-    encoding = position(torch.zeros(1, len(grid)), key_coords=displacements)
+    cells = offsets(grid).double()
+    encoding = position(_coords(position, torch.zeros_like(cells[:1])), key_coords=_coords(position, cells))
     parts = []
     bias = encoding.bias(layer)
     if bias is not None:

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..attention import attend, attend_linear, attend_qkv
-from ..ops.rotate import has_no_hooks
+from ..ops.rotate import only_attention_reads
 from ..positions import Encoding
 from .tracing import is_traced
 
@@ -65,7 +65,7 @@ class RopeAttention(Attention):
         qkv = self.qkv(x)  # (B, N, 3·H·D)
         layer, fused = self.layer, self.fused_attn
         if self.packed:
-            overwrite = not is_traced(x) and has_no_hooks(self.qkv)
+            overwrite = not is_traced(x) and only_attention_reads(self.qkv)
             x = attend_qkv(qkv, self.num_heads, encoding, layer, attn_mask, is_causal, dropout, fused, overwrite)
         else:
             heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]

@@ -1,12 +1,14 @@
-"""The backward pass of a rotation: the gradients of the channels and of the angles.
+"""The backward pass of a rotation: the gradients of the channels, of the angles and of the table.
 
 Pairs of channels are complex numbers. The forward pass is y = t x for a table t = exp(i theta).
 Let g be the gradient of y. Then the gradient of x is conj(t) g, and that of the angle theta is
 Im(conj(y) g). So the backward pass does not need x, only the table and, for learned angles, the
-rotated y, which attention keeps anyway.
+rotated y, which attention keeps anyway. The gradient of a table whose modulus may be learned too
+is conj(x) g, which needs x.
 
 Shapes   B samples, N tokens, H heads (1 if shared), D channels of a head, R pairs of channels;
-         y and g (B, N, H, D), one of each for each rotated group; tables (B or 1, N, H or 1, R, 2)
+         x, y and g (B, N, H, D), one of each for each rotated group;
+         tables (B or 1, N, H or 1, R, 2)
 """
 
 from collections.abc import Sequence
@@ -85,18 +87,30 @@ def angle_gradient(
     return total
 
 
-def _sum_shared(angle_grad: Tensor, cos_sin: Tensor) -> Tensor:
-    """Sum (B, N, H, R) over the samples and heads that share an entry of the table."""
-    if len(cos_sin) < len(angle_grad):
-        angle_grad = angle_grad.sum(dim=0, keepdim=True)
-    return angle_grad.sum(dim=2, keepdim=True) if cos_sin.shape[2] < angle_grad.shape[2] else angle_grad
+def _sum_shared(grad: Tensor, cos_sin: Tensor) -> Tensor:
+    """Sum (B, N, H, …) over the samples and heads that share an entry of the table."""
+    if len(cos_sin) < len(grad):
+        grad = grad.sum(dim=0, keepdim=True)
+    return grad.sum(dim=2, keepdim=True) if cos_sin.shape[2] < grad.shape[2] else grad
 
 
-def table_gradient(cos_sin: Tensor, angle_grad: Tensor) -> Tensor:
-    """Return the gradient of the table t, i t a / |t|^2, from the gradient a of its angles.
-
-    |t| is 1, unless the table contains a constant decay.
-    """
-    table = torch.view_as_complex(cos_sin)
-    angle_grad = angle_grad.to(cos_sin.dtype) / (table * table.conj()).real
+def along_circle(cos_sin: Tensor, angle_grad: Tensor) -> Tensor:
+    """Return the gradient i t a of a table t of modulus 1, from the gradient a of its angles."""
+    table, angle_grad = torch.view_as_complex(cos_sin), angle_grad.to(cos_sin.dtype)
     return torch.view_as_real(table * torch.complex(torch.zeros_like(angle_grad), angle_grad))
+
+
+def table_gradient(
+    unrotated: Sequence[Tensor], grads: Sequence[Tensor], cos_sin: Tensor, stride: int, prefix: int
+) -> Tensor:
+    """Return the gradient conj(x) g of a table of any modulus, summed as by `angle_gradient`.
+
+    `unrotated` holds x, `grads` holds g.
+    """
+    total: Any = 0
+    for x_and_grad in zip(unrotated, grads, strict=False):
+        parts = (rotated_slice(t, 2 * cos_sin.shape[-2], prefix).to(accumulation_dtype(t)) for t in x_and_grad)
+        (a, b), (c, d) = (part.unflatten(-1, (-1, 2, stride)).unbind(-2) for part in parts)
+        each = torch.stack((a * c + b * d, a * d - b * c), dim=-1).flatten(-3, -2)
+        total = total + _sum_shared(each, cos_sin)
+    return total.to(cos_sin.dtype)

@@ -37,6 +37,16 @@ def cos_sin(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None) ->
     return torch.stack((theta.cos(), theta.sin()), dim=-1)
 
 
+def on_circle(table: Tensor) -> bool:
+    """Whether `cos_sin` made this table, or the one that it is a layer of: then its entries have
+    modulus 1 whatever is learned, and only their angles have a gradient. False if unknown.
+    """
+    node = table.grad_fn
+    if node is not None and node.name() in ("UnbindBackward0", "SelectBackward0"):
+        node = node.next_functions[0][0]
+    return node is not None and node.name() == "_CosSinBackward"
+
+
 class _CosSin(torch.autograd.Function):
     """`cos_sin` with the gradient of the frequencies."""
 

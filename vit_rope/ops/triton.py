@@ -25,6 +25,7 @@ def rotate_kernel(
     cos_sin,
     out,
     tokens,
+    blocks,
     heads,
     x_batch,
     x_token,
@@ -42,10 +43,12 @@ def rotate_kernel(
     stride: tl.constexpr,
     rows: tl.constexpr,
 ):
-    """Rotate pairs of x into out. Programs run over tokens, samples, and groups times heads."""
-    batch = tl.program_id(1).to(tl.int64)
-    group, head = tl.program_id(2) // heads, tl.program_id(2) % heads
-    token = tl.program_id(0) * rows + tl.arange(0, rows)[:, None]
+    """Rotate pairs of x into out. Programs run over samples times blocks of tokens, and over groups
+    times heads. Offsets have 64 bits, because tensors may have more than 2^31 entries.
+    """
+    batch, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    group, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    token = (block * rows + tl.arange(0, rows)[:, None]).to(tl.int64)
     pair = tl.arange(0, lanes)[None, :]
     inside = (token < tokens) & (pair < pairs)
     first = pair // stride * 2 * stride + pair % stride
@@ -67,18 +70,24 @@ def usable(x: Tensor) -> bool:
 
 def rotate_pairs(x: Tensor, cos_sin: Tensor, stride: int, out: Tensor) -> None:
     """Rotate x (B, N, H, 2R) or (B, N, G, H, 2R) into `out`, which may be x itself."""
+    if x.stride(-1) != 1 or out.stride(-1) != 1:  # the kernel needs adjacent channels
+        adjacent = x.clone(memory_format=torch.contiguous_format)
+        rotate_pairs(adjacent, cos_sin, stride, adjacent)
+        out.copy_(adjacent)
+        return
     x, out = (t[:, :, None] if t.ndim == 4 else t for t in (x, out))
-    x, cos_sin = x if x.stride(-1) == 1 else x.contiguous(), cos_sin.contiguous()
+    cos_sin = cos_sin.contiguous()
     batch, tokens, groups, heads, width = x.shape
     steps: list[Any] = [*x.stride()[:4], *out.stride()[:4]]
     steps += [cos_sin.stride(i) if cos_sin.shape[i] > 1 else 0 for i in (0, 1, 2)]
-    pairs = width // 2
-    launch: Any = rotate_kernel[(triton.cdiv(tokens, TOKENS), batch, groups * heads)]
+    pairs, blocks = width // 2, triton.cdiv(tokens, TOKENS)
+    launch: Any = rotate_kernel[(batch * blocks, groups * heads)]  # only the first size may exceed 65,535
     launch(
         x,
         cos_sin,
         out,
         tokens,
+        blocks,
         heads,
         *steps,
         pairs=pairs,

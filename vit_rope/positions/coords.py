@@ -56,8 +56,9 @@ def cell(
 ) -> Tensor:
     """Return the cell indices (…, A) of coordinates (…, A), fractional between cells.
 
-    The inverse of `grid`.
+    The inverse of `grid`. Raises ValueError for a shape of another number of axes.
     """
+    check_axes(shape, coords)
     shift = torch.tensor(_origin(origin, shape, unit), dtype=coords.dtype, device=coords.device)
     coords = coords + shift
     if unit == "index":
@@ -142,6 +143,15 @@ def check_shape(shape: Sequence[int]) -> None:
     """Raise ValueError unless `shape` has an axis, and at least one cell along each axis."""
     if len(shape) == 0 or any(n < 1 for n in shape):
         raise ValueError(f"a grid needs at least one cell along each of its axes, got shape {tuple(shape)}")
+
+
+def check_axes(shape: Sequence[int] | None, coords: Tensor) -> None:
+    """Raise ValueError for a grid with another number of axes than its coordinates (…, A) have."""
+    if shape is not None and len(shape) != coords.shape[-1]:
+        raise ValueError(
+            f"grid {list(shape)} has {len(shape)} axes, but the coordinates have {coords.shape[-1]}; "
+            f"give the number of cells along each axis"
+        )
 
 
 def check_unit(unit: str) -> None:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.eager import accumulation_dtype
 from ..ops.rotate import rotate
-from .transform import Transform, change_basis, check_tokens, entry, per_layer
+from .transform import Transform, change_basis, check_fits, check_tokens, entry, per_layer
 
 Side = Literal["q", "k", "v", "out"]
 ActsOn = Literal["q", "k", "v", "logits"]
@@ -131,12 +132,14 @@ class Encoding(NamedTuple):
         """All that positions add to the scaled logits (B, H, N, M) of q (B, H, N, D) and k (B, H,
         M, D), if anything.
 
-        Raises ValueError where the tables are for another number of tokens.
+        Raises ValueError where the tables are for another number of tokens, heads or samples.
         """
         for table in (*(self.biases or ()), *(term.index for term in self.terms(layer))):
             check_tokens(table.shape[-2], q.shape[2], "queries")
             check_tokens(table.shape[-1], k.shape[2], "keys")
         total = self.bias(layer)
+        if total is not None:
+            check_fits(total.shape[0], total.shape[1], q, "queries")
         for term in self.terms(layer, "q", "k"):
             if term.acts_on == "q":
                 logits = term.products(q) * scale
@@ -161,28 +164,34 @@ class Encoding(NamedTuple):
         where x does.
 
         Appended channels are left to `append`. Raises ValueError where the tables are for another
-        number of tokens.
+        number of tokens, heads or samples.
         """
         transform, prefix = self.transform(side), self.prefix[side in ("k", "v")]
         if self.polar and side in ("q", "k"):
-            modulus = F.softplus(x.float()).to(x.dtype)
+            modulus = F.softplus(x.to(accumulation_dtype(x))).to(x.dtype)
             x = torch.stack((modulus, torch.zeros_like(modulus)), dim=-1).flatten(-2)
         if transform.basis:
             x = change_basis(x, entry(transform.basis, layer), prefix, NAMES[side])
         table = self.rotation(layer, side)
         if table is not None:
             check_tokens(prefix + table.shape[1], x.shape[2], NAMES[side])
+            check_fits(table.shape[0], table.shape[2], x, NAMES[side], shared=side in ("k", "v"))
             if table.shape[2] > x.shape[1]:  # keys shared by heads of queries that each rotate differently
                 x = x.repeat_interleave(table.shape[2] // x.shape[1], dim=1)
             x = rotate(x, table, self.stride, prefix, overwrite and not transform.basis)
         return x
 
     def append(self, side: Side, x: Tensor, layer: int) -> Tensor:
-        """x (B, H, N, D) with extra channels (B, H, N, E), zero for tokens without a position."""
+        """x (B, H, N, D) with extra channels (B, H, N, E), zero for tokens without a position.
+
+        Raises ValueError where they are for another number of tokens, heads or samples.
+        """
         extra = self.extra(side, layer)
         if extra is None:
             return x
         extra = F.pad(extra.to(x.dtype), (0, 0, self.prefix[side == "k"], 0))
+        check_tokens(extra.shape[2], x.shape[2], NAMES[side])
+        check_fits(extra.shape[0], extra.shape[1], x, NAMES[side])
         return torch.cat((x, extra.expand(*x.shape[:-1], -1)), dim=-1)
 
     def extra(self, side: Side, layer: int = 0) -> Tensor | None:
@@ -198,8 +207,12 @@ class Encoding(NamedTuple):
 
     def behind(self, prefix: int, key_prefix: int) -> "Encoding":
         """The encoding of tokens behind others without a position, for which nothing rotates and
-        nothing is added.
+        nothing is added. Raises ValueError for a negative number of them.
         """
+        if prefix < 0 or key_prefix < 0:
+            raise ValueError(
+                f"the number of tokens without a position must be 0 or more, got {prefix} and {key_prefix}"
+            )
         if prefix == key_prefix == 0:
             return self
         pad = (key_prefix, 0, prefix, 0)

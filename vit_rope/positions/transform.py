@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.tables import cos_sin
+from .coords import check_axes
 
 TABLES = 64 * 2**20  # bytes that the tables of all layers may take together; beyond, each layer makes its own
 T = TypeVar("T")
@@ -61,6 +62,10 @@ class Transform(NamedTuple):
         if self.deferred:
             return cos_sin(*entry(self.deferred, layer))[0]
         return entry(self.rotation, layer) if self.rotation else None
+
+    def rounded(self, dtype: torch.dtype) -> "Transform":
+        """The same with tables of cosines and sines in this dtype."""
+        return self._replace(rotation=[table.to(dtype) for table in self.tables()], deferred=None)
 
     def combined(self, other: "Transform") -> "Transform":
         """Both transforms: rotations compose, appended channels are concatenated."""
@@ -118,6 +123,7 @@ def change_basis(x: Tensor, basis: Tensor, prefix: int, what: str) -> Tensor:
     if basis.ndim == 3:
         return (x.to(precise) @ basis).to(x.dtype)
     check_tokens(prefix + basis.shape[1], x.shape[2], what)
+    check_fits(basis.shape[0], basis.shape[2], x, what)
     patches = x[:, :, prefix:].to(precise)
     if basis.ndim == 5:
         patches = torch.einsum("bhnd,bnhde->bhne", patches, basis)
@@ -129,14 +135,32 @@ def change_basis(x: Tensor, basis: Tensor, prefix: int, what: str) -> Tensor:
 
 def rotation_of(freqs: Tensor, coords: Tensor, grid: Sequence[int] | None = None) -> Transform:
     """Rotation by frequencies (L, H, A, R) at coords (N, A) or (B, N, A): tables, deferred if they
-    are too large.
+    are too large. Raises ValueError for a grid of another number of axes.
     """
+    check_axes(grid, coords)
     if not torch.compiler.is_compiling() and len(freqs) > 1:
         layers, heads, _, pairs = freqs.shape
         if 2 * layers * heads * pairs * coords.shape[:-1].numel() * freqs.element_size() > TABLES:
             sizes = None if grid is None else list(grid)
             return Transform(deferred=[DeferredRotation(layer, coords, sizes) for layer in freqs.split(1)])
     return Transform(rotation=list(cos_sin(freqs, coords, grid).unbind(0)))
+
+
+def check_fits(samples: int, heads: int, x: Tensor, what: str, shared: bool = False) -> None:
+    """Raise ValueError unless tables of so many samples and heads (1 if shared) fit x (B, H, N, D).
+
+    `shared` heads of keys and values may each serve a group of heads of the tables.
+    """
+    if samples not in (1, x.shape[0]):
+        raise ValueError(
+            f"the encoding is for a batch of {samples}, but there are {what} of {x.shape[0]} samples; "
+            f"give position() the coordinates of these samples, or (tokens, axes) where they share them"
+        )
+    if heads not in (1, x.shape[1]) and not (shared and heads % x.shape[1] == 0):
+        raise ValueError(
+            f"the encoding is for {heads} heads, but there are {what} of {x.shape[1]}; "
+            f"build the scheme with a Layout of {x.shape[1]} heads"
+        )
 
 
 def check_tokens(encoded: int, tokens: int, what: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention import attend, attend_linear, attend_qkv
-from ..ops.rotate import has_no_hooks
+from ..ops.rotate import only_attention_reads
 from ..positions import Encoding, Position
 from .maps import (
     AttentionKind,
@@ -164,12 +164,13 @@ class PositionProcessor:
             packed = pack_projections(*projections)
             if packed is not None:
                 return attend_qkv(F.linear(x, *packed), attn.heads, encoding, mask=mask, overwrite=True)
+        overwrite = only_attention_reads(*projections[:2])
         q, k, v = (project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for project in projections)
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         if self.attention == "linear":
             return attend_linear(q, k, v, encoding, mask=mask)
-        return attend(q, k, v, encoding, mask=mask, overwrite=has_no_hooks(attn.to_q, attn.to_k))
+        return attend(q, k, v, encoding, mask=mask, overwrite=overwrite)
 
 
 def pack_projections(*projections: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -178,8 +179,7 @@ def pack_projections(*projections: nn.Module) -> tuple[Tensor, Tensor | None] | 
     None unless all are plain `nn.Linear` of one size, without hooks and with their own `forward`.
     """
     linears: Any = projections
-    plain = all(type(part) is nn.Linear and "forward" not in vars(part) for part in projections)
-    if not plain or not has_no_hooks(*projections):
+    if not only_attention_reads(*projections):
         return None
     hooked = any(part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks for part in projections)
     biases = [part.bias for part in linears if part.bias is not None]

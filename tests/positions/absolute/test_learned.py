@@ -140,3 +140,16 @@ def test_learned_tables_are_constant_beyond_the_border():
     position = build("learned", Layout(width=24, heads=2, grid=(3, 4)))
     far = vectors32(position, torch.tensor([[-5.0, 1.0], [9.0, 99.0]]))
     torch.testing.assert_close(far, position.table.detach()[[0, 2], [1, 3]])
+
+
+@pytest.mark.parametrize("cells", [(3, 4), (5, 6)])
+def test_a_table_in_float64_is_not_rounded(cells):
+    layout = Layout(width=8, heads=2, grid=(3, 4), depth=1)
+    position = build("learned", layout).double()
+    position.table.data = torch.randn(3, 4, 8, dtype=torch.float64)
+    x = torch.zeros(1, cells[0] * cells[1], 8, dtype=torch.float64)
+    whole = position.embed(x, layout.coords(cells).double(), list(cells))[0]
+    points = position.embed(x, layout.coords(cells).double(), None)[0]
+    assert not any(torch.equal(vectors, vectors.float().double()) for vectors in (whole, points))
+    if cells == layout.grid:
+        assert torch.equal(whole, position.table.detach().flatten(0, -2))

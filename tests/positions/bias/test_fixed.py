@@ -48,6 +48,18 @@ def test_quadratic_alibi_equals_its_bias_without_a_mask(prefix, monkeypatch):
     assert seen == [None]
 
 
+def test_quadratic_alibi_fits_float16():
+    position = build('alibi(distance="quadratic")', layout_of((8000,), 8))
+    coords = grid((8000,))[::7]
+    encoding = position(coords)
+    q, k = (part.extra[0].half() for part in (encoding.q, encoding.k))
+    assert all(part.isfinite().all() for part in (q, k))
+    near = build('alibi(distance="quadratic")', layout_of((300,), 8))
+    exact = logits(near, grid((300,)).double())
+    q, k = (part.extra[0][0].half().double() for part in near(grid((300,)))[:2])
+    same(q @ k.transpose(-2, -1), exact.view_as(q @ k.transpose(-2, -1)), atol=1e-6)
+
+
 @pytest.mark.parametrize("heads", [3, 6, 8, 12])
 @pytest.mark.parametrize("size", [14, 48])
 def test_quadratic_alibi_in_bfloat16(heads, size):

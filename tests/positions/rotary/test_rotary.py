@@ -168,6 +168,19 @@ def test_one_axis_rotates_as_gpt_j_and_gpt_neox():
         torch.testing.assert_close(rotate(q, encoding.q.rotation[0], encoding.stride), want, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("size", [512, 4096])
+def test_flat_is_exact_on_large_grids(size):
+    position = build("flat", Layout(width=16, heads=1, grid=(size, size), depth=1))
+    coords = torch.tensor([[0.0, 1.0], [size / 2, 3.0], [size - 1.0, size - 1.0]])
+    numbers = coords.double() @ torch.tensor([size, 1.0], dtype=torch.float64)
+    theta = numbers[:, None] * position.initial[0, 0].double()
+    encodings = position(coords), position(coords[:1], key_coords=coords)
+    for table in (encodings[0].q.tables()[0], encodings[1].transform("k").tables()[0]):
+        assert table.dtype == torch.float32
+        want = torch.stack((theta.cos(), theta.sin()), dim=-1)[None, :, None]
+        torch.testing.assert_close(table.double(), want, rtol=0, atol=1e-6)
+
+
 def test_flat_counts_cells_of_the_grid_the_tokens_come_from():
     position = build("flat(base=10)", Layout(width=16, heads=2, grid=(3, 4)))
     one = build("axial(base=10)", Layout(width=16, heads=2, grid=(20,)))

@@ -664,6 +664,13 @@ def test_gradients_of_learned_rotations_match_finite_differences(spec):
         ("comrope_ld(block=4, std=0)", 12, 2, "comrope_ld needs a positive standard deviation, got 0"),
         ("string(std=-1)", 12, 2, "string needs a standard deviation of 0 or more, got -1"),
         ("valuerope", 2, 2, "head_dim 2 is too small for 2 axes"),
+        (
+            'axial(share=(4, 8), pairs="axis")',
+            12,
+            2,
+            'pairs="axis" needs as many channels for each axis, got (4, 8); use pairs="half"',
+        ),
+        ('axial(share="first", pairs="axis")', 14, 2, "got (8, 6)"),
     ],
 )
 def test_refusals(spec, head, axes, message):

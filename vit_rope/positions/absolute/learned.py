@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...ops.eager import accumulation_dtype
 from ..base import Layout, Position
 from ..grids import interpolate, is_full_grid, resample, sum_over_axes
 from ..specs import register
@@ -42,7 +43,8 @@ class Learned(Absolute):
         nn.init.trunc_normal_(self.table, std=self.std)
 
     def vectors(self, coords: Tensor, grid: Sequence[int] | None, layer: int) -> Tensor:
-        table = self.table.float() if grid is None else resample(self.table.float(), grid)
+        table = self.table.to(accumulation_dtype(self.table))
+        table = table if grid is None else resample(table, grid)
         return (
             table.flatten(0, -2) if is_full_grid(coords, grid) else interpolate(table, self.layout.cell(coords, grid))
         )

@@ -22,6 +22,9 @@ from .base import Bias, constants, length
 # Like -inf after a softmax, but without NaN if all keys are hidden. Fits float16.
 HIDDEN = -1e4
 
+# The unit of channels with squares: float16 then holds them up to 4,095 cells from the center.
+SQUARES = 256.0
+
 
 def slopes(heads: int) -> list[float]:
     """Return the slopes of ALiBi, 2^(-8h/H) for h = 1 … H (arXiv:2108.12409).
@@ -44,7 +47,7 @@ class ALiBi(Bias):
     relative to the center. In bfloat16 these channels and their products are exact for integer
     cells within 256 of the center and slopes that are powers of two, as with 1, 2, 3, 4, 6 or 8
     heads. With other slopes the error is up to 0.4 % of 2 m_h ‖p‖ ‖p'‖, with p relative to the
-    center.
+    center. In float16 they are finite within 4,095 cells of the center.
     """
 
     unbounded = True
@@ -71,8 +74,10 @@ class ALiBi(Bias):
         points = (points[None] if points.ndim == 2 else points)[:, None]
         square, one = points.square().sum(dim=-1, keepdim=True), torch.ones_like(points[..., :1])
         coarse = square.bfloat16().to(square.dtype)  # 8 bits of the square; the rest goes to a channel of its own
-        q = torch.cat((2 * points, -coarse, coarse - square, -one, -one), dim=-1)
-        k = torch.cat((points, one, one, coarse, square - coarse), dim=-1)
+        rest, unit = (square - coarse) / SQUARES, SQUARES * one
+        coarse = coarse / SQUARES
+        q = torch.cat((2 * points, -coarse, -rest, -unit, -unit), dim=-1)
+        k = torch.cat((points, unit, unit, coarse, rest), dim=-1)
         return constants(self.slopes, points[0]) * q, k
 
 

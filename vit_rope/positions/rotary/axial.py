@@ -4,7 +4,8 @@ Shapes   L layers and H heads (1 if shared), A axes, R channel pairs; frequencie
          radians per unit of the coordinates
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -18,22 +19,47 @@ from .base import Pairs, Rotary, geometric
 
 class LearnedSpeeds(Rotary):
     """A Rotary along fixed `directions` (A, R) at learned `speeds` (L, H, R), which start at the
-    given values.
+    given values; `reset_parameters` takes others from `draw_speeds`, if given.
     """
 
-    def __init__(self, directions: Tensor, speeds: Tensor, pairs: Pairs = "interleaved") -> None:
+    def __init__(
+        self,
+        directions: Tensor,
+        speeds: Tensor,
+        pairs: Pairs = "interleaved",
+        draw_speeds: Callable[[], Tensor] | None = None,
+    ) -> None:
         super().__init__(directions * speeds[:, :, None], pairs)
         self.directions = directions.to("cpu", torch.float32)
         self.initial_speeds = speeds.to("cpu", torch.float32)
         self.speeds = nn.Parameter(torch.empty(speeds.shape, dtype=torch.float32))
+        self.draw_speeds: Callable[[], Tensor] | None = None
         self.reset_parameters()
+        self.draw_speeds = draw_speeds  # not for the start, which is given
 
     def reset_parameters(self) -> None:
+        if self.draw_speeds is not None:
+            self.initial_speeds = self.draw_speeds().to("cpu", torch.float32)
+            self.initial = self.directions * self.initial_speeds[:, :, None]
         with torch.no_grad():
             self.speeds.copy_(self.initial_speeds)
 
     def base_frequencies(self, coords: Tensor) -> Tensor:
         return self.speeds.to(coords.dtype)[:, :, None] * self.directions.to(coords.device, coords.dtype)
+
+
+class RandomFrequencies(Rotary):
+    """A Rotary with learned frequencies, which start at those that `draw()` returns (L, H, A, R),
+    and at others after `reset_parameters`.
+    """
+
+    def __init__(self, draw: Callable[[], Tensor], pairs: Pairs = "interleaved") -> None:
+        super().__init__(draw(), pairs, learned=True)
+        self.draw = draw
+
+    def reset_parameters(self) -> None:
+        self.initial = self.draw().to("cpu", torch.float32)
+        super().reset_parameters()
 
 
 @register
@@ -52,9 +78,10 @@ def axial(
     per unit; `base` may be one number per axis. `share` divides the head's channels: "equal" is the
     same for every axis and must divide; "rest" leaves the remainder un-rotated, at the end; "first"
     and "last" give it to that axis; a tuple such as (16, 24, 24) gives each axis its own even
-    number of channels and leaves the others un-rotated. With learned=True every layer and head
-    learns its own frequencies, which start at these. Raises ValueError where the head's channels
-    cannot be divided so (RoPE-Axial, arXiv:2403.13298; learned frequencies, arXiv:2401.11605).
+    number of channels and leaves the others un-rotated. pairs="axis" needs equal shares. With
+    learned=True every layer and head learns its own frequencies, which start at these. Raises
+    ValueError where the head's channels cannot be divided so (RoPE-Axial, arXiv:2403.13298; learned
+    frequencies, arXiv:2401.11605).
     """
     counts = _split_pairs(layout, share)
     bases = base if isinstance(base, tuple) else (base,) * layout.axes
@@ -62,6 +89,9 @@ def axial(
         raise ValueError(f"{len(bases)} bases for {layout.axes} axes; give one number, or one for each axis")
     if min(bases) <= 0 or fastest <= 0:
         raise ValueError(f"axial needs a positive base and fastest, got base {base} and fastest {fastest}")
+    if pairs == "axis" and len(set(counts)) > 1:
+        channels = tuple(2 * count for count in counts)
+        raise ValueError(f'pairs="axis" needs as many channels for each axis, got {channels}; use pairs="half"')
     freqs = torch.zeros(1, 1, layout.axes, sum(counts), dtype=torch.float64, device="cpu")
     start = 0
     for axis, (count, axis_base) in enumerate(zip(counts, bases, strict=True)):
@@ -121,11 +151,18 @@ def mixed(
     Raises ValueError for an odd head_dim or one that is too small.
     """
     check_even(layout.head_dim)
-    count, axes = layout.head_dim // 2, layout.axes
-    if count < axes:
-        raise ValueError(f"head_dim {layout.head_dim} is too small for {axes} axes; use {2 * axes} or more")
+    if layout.head_dim < 2 * layout.axes:
+        low = 2 * layout.axes
+        raise ValueError(f"head_dim {layout.head_dim} is too small for {layout.axes} axes; use {low} or more")
     if base <= 0 or fastest <= 0:
         raise ValueError(f"mixed needs a positive base and fastest, got base {base} and fastest {fastest}")
+    draw = functools.partial(_random_directions, layout, base, fastest, learned)
+    return RandomFrequencies(draw, pairs) if learned else Rotary(draw(), pairs)
+
+
+def _random_directions(layout: Layout, base: float, fastest: float, learned: bool) -> Tensor:
+    """Frequencies (L, H, A, R) of `mixed`; always the same if they are not learned."""
+    count, axes = layout.head_dim // 2, layout.axes
     generator = None if learned else torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(layout.depth, layout.heads, axes, axes, dtype=torch.float64, device="cpu", generator=generator)
     rotations, triangle = torch.linalg.qr(noise)
@@ -135,7 +172,7 @@ def mixed(
     rotations[..., -1] *= torch.linalg.det(rotations).sign()[..., None]  # a rotation, not a reflection
     share = [count // axes + (axis < count % axes) for axis in range(axes)]
     freqs = [rotations[..., [axis]] * geometric(n, base) for axis, n in enumerate(share)]
-    return Rotary(fastest * torch.cat(freqs, dim=-1), pairs, learned)
+    return fastest * torch.cat(freqs, dim=-1)
 
 
 @register
@@ -145,7 +182,9 @@ class Flat(Rotary):
 
     It is relative in that number, but treats the last cell of a row as adjacent to the first of the
     next. W is the width of the grid that the tokens come from, or of the training grid for
-    coordinates from no grid. Raises ValueError for an odd head_dim.
+    coordinates from no grid. Angles are formed in float64, except on devices without it and in
+    exported graphs: in float32 a cosine is off by 0.4 at 4096 x 4096 cells. Raises ValueError for
+    an odd head_dim.
     """
 
     def __init__(self, layout: Layout, base: float = 10000.0, pairs: Pairs = "interleaved") -> None:
@@ -161,5 +200,13 @@ class Flat(Rotary):
         return self.initial_frequencies().double() * numbers
 
     def encode(self, coords: Tensor, key_coords: Tensor | None, grid: Sequence[int] | None) -> Encoding:
-        keys = None if key_coords is None else self.layout.flatten(key_coords, grid)
-        return super().encode(self.layout.flatten(coords, grid), keys, None)
+        keys = None if key_coords is None else self.layout.flatten(_precise(key_coords), grid)
+        encoding = super().encode(self.layout.flatten(_precise(coords), grid), keys, None)
+        k = None if encoding.k is None else encoding.k.rounded(coords.dtype)
+        return encoding._replace(q=encoding.q.rounded(coords.dtype), k=k)
+
+
+def _precise(coords: Tensor) -> Tensor:
+    """Coordinates in float64, for numbers of cells, which are larger than coordinates."""
+    exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return coords.double() if coords.device.type in ("cpu", "cuda") and not exported else coords

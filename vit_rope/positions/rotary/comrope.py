@@ -4,6 +4,8 @@ frequencies.
 Shapes   L layers and H heads, A axes, S blocks of b channels each
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -24,10 +26,11 @@ def comrope_ap(layout: Layout, block: int = 8, std: float = 0.1) -> Rotary:
     P with standard deviation `std`, in radians per unit (ComRoPE-AP, arXiv:2506.03737). Raises
     ValueError for an odd block or where an axis gets no block.
     """
-    speeds = _random_speeds("comrope_ap", layout, block, std)
-    axis = torch.arange(speeds.shape[-2], device="cpu") % layout.axes
+    draw = functools.partial(_partitioned_speeds, layout, block, std)
+    speeds = draw()
+    axis = torch.arange(layout.head_dim // block, device="cpu") % layout.axes
     directions = nn.functional.one_hot(axis, layout.axes).t().repeat_interleave(block // 2, dim=-1)
-    return LearnedSpeeds(directions, speeds.flatten(-2))
+    return LearnedSpeeds(directions, speeds, draw_speeds=draw)
 
 
 @register("comrope_ld")
@@ -43,20 +46,36 @@ class ComRoPELD(Rotary):
     """
 
     def __init__(self, layout: Layout, block: int = 8, std: float = 0.1) -> None:
-        speeds = _random_speeds("comrope_ld", layout, block, std)
-        theta = torch.randn(layout.depth, layout.heads, layout.axes, speeds.shape[-2], 1, device="cpu")
+        draw = functools.partial(_random_factors, layout, block, std)
+        theta, speeds = draw()
         super().__init__((theta * speeds[:, :, None]).flatten(-2))
-        self.initial_factors = theta, speeds
+        self.draw_factors, self.initial_factors = draw, (theta, speeds)
         self.theta, self.speeds = nn.Parameter(torch.empty(theta.shape)), nn.Parameter(torch.empty(speeds.shape))
-        self.reset_parameters()
+        self._start()
 
     def reset_parameters(self) -> None:
+        theta, speeds = self.initial_factors = self.draw_factors()
+        self.initial = (theta * speeds[:, :, None]).flatten(-2)
+        self._start()
+
+    def base_frequencies(self, coords: Tensor) -> Tensor:
+        return (self.theta.to(coords.dtype) * self.speeds.to(coords.dtype)[:, :, None]).flatten(-2)
+
+    def _start(self) -> None:
         with torch.no_grad():
             for parameter, value in zip((self.theta, self.speeds), self.initial_factors, strict=True):
                 parameter.copy_(value)
 
-    def base_frequencies(self, coords: Tensor) -> Tensor:
-        return (self.theta.to(coords.dtype) * self.speeds.to(coords.dtype)[:, :, None]).flatten(-2)
+
+def _partitioned_speeds(layout: Layout, block: int, std: float) -> Tensor:
+    """Frequencies (L, H, R) of `comrope_ap`."""
+    return _random_speeds("comrope_ap", layout, block, std).flatten(-2)
+
+
+def _random_factors(layout: Layout, block: int, std: float) -> tuple[Tensor, Tensor]:
+    """Numbers theta (L, H, A, S, 1) and frequencies (L, H, S, b / 2) of `comrope_ld`."""
+    speeds = _random_speeds("comrope_ld", layout, block, std)
+    return torch.randn(layout.depth, layout.heads, layout.axes, speeds.shape[-2], 1, device="cpu"), speeds
 
 
 def _random_speeds(name: str, layout: Layout, block: int, std: float) -> Tensor:
