@@ -186,9 +186,9 @@ def test_dropout_zeroes_weights():
             for call in (lambda spec=spec, heads=heads, batch=batch: misfit(spec, heads, batch),)
             if batch == 3 or spec != "axial"
         ),
-        (lambda: misfit('alibi(distance="quadratic")', 2, 2, 5), "the encoding places 6 tokens, but there are 5"),
-        (lambda: misfit("sandwich", 2, 2, 5), "the encoding places 6 tokens, but there are 5"),
-        (lambda: misfit("axial", 2, 2, 5), "the encoding places 6 tokens, but there are 5"),
+        (lambda: misfit('alibi(distance="quadratic")', 2, 2, 5), "the encoding is for 6 tokens, but there are 5"),
+        (lambda: misfit("sandwich", 2, 2, 5), "the encoding is for 6 tokens, but there are 5"),
+        (lambda: misfit("axial", 2, 2, 5), "the encoding is for 6 tokens, but there are 5"),
         (
             lambda: build("axial", Layout(width=16, heads=2, grid=(2, 3)))(COORDS, prefix=-1),
             "the number of tokens without a position must be 0 or more, got -1 and -1",
