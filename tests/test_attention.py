@@ -47,7 +47,7 @@ def test_attend_is_the_loop(fused, encoding, masking):
         "causal": {"causal": True},
     }[masking]
     closed = {"bool": CLOSED, "float": CLOSED, "causal": CAUSAL}.get(masking)
-    for layer in (0, 2, 4):
+    for layer in (0, 1, 2):
         out = attend(q, k, v, encoding, layer, fused=fused, **options)
         for b in range(2):
             for h in range(2):
@@ -254,3 +254,15 @@ def test_bases_are_matrices_of_heads_their_blocks_or_one_for_all_tokens(shared, 
 def test_encodings_print_in_one_line(spec, text):
     layout = Layout(width=16, heads=2, grid=(2, 3))
     assert repr(build(spec, layout)(layout.coords(), prefix=1)) == text
+
+
+def test_layers_beyond_the_depth_are_refused():
+    layout = Layout(width=16, heads=2, grid=(2, 3), depth=3)
+    q = torch.randn(1, 2, 6, 8)
+    for spec in ("mixed", "swin", "shaw"):
+        encoding = build(spec, layout)(layout.coords())
+        for layer in (-1, 3, 40):
+            with pytest.raises(ValueError, match=f"layer {layer} does not exist: the encoding is for 3 layers"):
+                attend(q, q, q, encoding, layer)
+    shared = build("axial", layout)(layout.coords())
+    assert attend(q, q, q, shared, 40).shape == q.shape  # one table serves all layers

@@ -377,3 +377,13 @@ def test_extracted_projections_are_not_rotated():
         features = create_feature_extractor(net, names)(x)
         torch.testing.assert_close(features["after"], net.blocks[0].attn.qkv(features["before"]), rtol=0, atol=0)
         torch.testing.assert_close(features["head"], net(x), rtol=0, atol=1e-6)
+
+
+def test_unknown_arguments_and_images_of_bytes_are_refused():
+    with pytest.raises(TypeError, match="RopeViT has no argument 'positions'; did you mean position"):
+        timm.create_model("vit_rope_test_patch16_64", positions="axial")
+    with pytest.raises(TypeError, match="ConvertedViT has no argument 'qk_norms'; did you mean qk_norm"):
+        timm.create_model("vit_rope_test_patch16_64", num_kv_heads=1, qk_norms=True)
+    net = timm.create_model("vit_rope_test_patch16_64")
+    with pytest.raises(TypeError, match=r"normalized as in training, got torch\.uint8"):
+        net(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))

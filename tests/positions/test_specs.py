@@ -37,7 +37,7 @@ def test_names_are_listed_in_alphabetical_order():
 def test_sums_are_flat_and_keep_their_order():
     position = build(" learned + mixed(base=20) + none ", LAYOUT)
     assert isinstance(position, Sum)
-    assert [type(part).__name__ for part in position.parts] == ["Learned", "Rotary", "Position"]
+    assert [type(part).__name__ for part in position.parts] == ["Learned", "RandomFrequencies", "Position"]
     assert not position.relative
     assert build("axial + mixed", LAYOUT).relative
 
@@ -83,7 +83,7 @@ def test_invalid_specs_raise_clear_errors(spec, message):
 
 
 def test_a_spec_must_be_a_string():
-    with pytest.raises(TypeError, match=re.escape('a position spec is a string such as "axial(base=100)", got dict')):
+    with pytest.raises(TypeError, match=r'a position spec is a string such as "axial\(base=100\)", or .*got dict'):
         build({"axial": 1}, LAYOUT)
 
 
@@ -229,3 +229,19 @@ def test_deep_or_broken_specs(text):
         build(text, LAYOUT)
     except ValueError as error:
         assert "position" in str(error)  # noqa: PT017
+
+
+def test_common_words_are_understood():
+    for name in ("rope", "rotary"):
+        assert torch.equal(build(f"{name}(base=50)", LAYOUT).initial, build("axial(base=50)", LAYOUT).initial)
+        assert name not in schemes()
+    for name, meaning in {"absolute": "learned", "sinusoidal": "sincos", "relative": "shaw"}.items():
+        with pytest.raises(ValueError, match=f"no position scheme is called '{name}'; did you mean {meaning}"):
+            build(name, LAYOUT)
+    with pytest.raises(TypeError, match='"none" for no positions, got NoneType'):
+        build(None, LAYOUT)
+
+
+def test_the_name_of_an_alias_is_taken():
+    with pytest.raises(ValueError, match=r"'rope' is registered already, by .* for axial"):
+        register("rope")(lambda layout: None)

@@ -1,6 +1,8 @@
 """Options of the models: sizes, layout, and checks of what can be combined."""
 
+import inspect
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from timm.layers import to_ntuple
@@ -48,6 +50,15 @@ def patch_layout(
     layout = Layout(width, heads, tuple(grid), depth, unit, origin)
     layout.coords()  # raises for an origin that does not fit
     return layout
+
+
+def check_names(cls: type, kwargs: dict[str, Any]) -> None:
+    """Raise TypeError for an argument that neither a model class nor timm's class has."""
+    known = {name for base in cls.__mro__[:-1] for name in inspect.signature(base.__init__).parameters}
+    for name in kwargs:
+        if name not in known:
+            near = " or ".join(get_close_matches(name, known, n=3)) or "one of the arguments in its documentation"
+            raise TypeError(f"{cls.__name__} has no argument {name!r}; did you mean {near}?")
 
 
 def check_options(memory_tokens: int, attention: str, scheme: Position, layout: Layout, kwargs: dict[str, Any]) -> None:

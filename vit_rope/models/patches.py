@@ -145,7 +145,13 @@ class PatchCoordinates(nn.Module):
         return augment_coords(coords * ratio, *self.augment) / ratio
 
     def check_image(self, x: Tensor) -> None:
-        """Raise ValueError for a wrong number of axes or channels, or a size that does not fit."""
+        """Raise ValueError for a wrong number of axes or channels, or a size that does not fit, and
+        TypeError for whole numbers."""
+        if not x.is_floating_point():
+            raise TypeError(
+                f"images must be floating-point numbers, normalized as in training, got {x.dtype}; "
+                f"convert them first, e.g. x.float() / 255"
+            )
         if x.ndim != 2 + len(self.patch):
             raise ValueError(f"expected images (batch, channels, {len(self.patch)} sizes), got shape {tuple(x.shape)}")
         if x.shape[1] != self.channels:

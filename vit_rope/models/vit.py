@@ -26,7 +26,7 @@ from ..positions.coords import take_coords
 from ..positions.specs import rebuild
 from .block import RopeBlock, as_timm, last, run_blocks
 from .memory import insert_memory
-from .options import check_options, patch_layout, sizes_per_axis
+from .options import check_names, check_options, patch_layout, sizes_per_axis
 from .patches import PatchCoordinates, PatchEmbed2d, PatchEmbedNd
 from .state_dicts import checkpoint_filter_fn as checkpoint_filter_fn  # where timm and fine-tuning look for it
 from .tracing import embed_positions
@@ -77,6 +77,7 @@ class RopeViT(VisionTransformer):
         block_fn: Any = RopeBlock,
         **kwargs: Any,
     ) -> None:
+        check_names(type(self), kwargs)
         image, patch = sizes_per_axis(img_size, patch_size, dynamic_img_pad)
         grid = tuple(-(-n // p) for n, p in zip(image, patch, strict=True))
         layout = patch_layout(embed_dim, num_heads, grid, depth, position_unit, position_origin)

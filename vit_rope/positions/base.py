@@ -193,9 +193,9 @@ class Position(nn.Module):
 
 
 class Composed(Position):
-    """A scheme of which rotations are a part, and perhaps others: places are told apart by either.
+    """A scheme that may rotate and do more: either can tell two coordinates apart.
 
-    Rotations tell places apart if their angles differ by more than whole turns. Those of several
+    Rotations do so if their angles differ by more than full revolutions. The rotations of several
     schemes add up, so both claims are about the sum of their speeds.
     """
 

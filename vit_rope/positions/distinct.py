@@ -1,4 +1,4 @@
-"""Whether rotations tell places apart: angles that differ by whole turns are the same rotation.
+"""Whether rotations tell positions apart: angles that differ by full revolutions are the same.
 
 Shapes   L layers and H heads (1 if shared), A axes, R channel pairs; speeds (L, H, A, R)
 """
@@ -15,8 +15,9 @@ def distinct(speeds: Tensor | None, grid: tuple[int, ...] | None, beyond: bool =
     """Whether rotations at `speeds` (L, H, A, R), in radians per cell, tell apart all cells of a
     grid, or, with `beyond`, all coordinates.
 
-    Two cells look the same where the angles between them are whole turns for all pairs. Beyond the
-    grid they are compared on one of up to 8 times its sides. Without a grid only directions count.
+    Two cells look the same where the angles between them are full revolutions for all pairs. Beyond
+    the grid they are compared on one of up to 8 times its sides. Without a grid only directions
+    count.
     """
     if speeds is None:
         return False
@@ -37,8 +38,8 @@ def distinct(speeds: Tensor | None, grid: tuple[int, ...] | None, beyond: bool =
     sizes = torch.tensor(grid, device="cpu", dtype=torch.float64)
     tolerances = 2e-6 * times * rows.abs() @ sizes  # the rounding of speeds and coordinates
     for some, tolerance in zip(rows.split(8), tolerances.split(8), strict=True):
-        turns = steps @ some.mT / (2 * math.pi)
-        same = ((turns - turns.round()).abs() * 2 * math.pi <= tolerance).all(dim=1)
+        revolutions = steps @ some.mT / (2 * math.pi)
+        same = ((revolutions - revolutions.round()).abs() * 2 * math.pi <= tolerance).all(dim=1)
         steps = steps[same]
         if len(steps) == 0:
             return True

@@ -23,6 +23,12 @@ from .base import Layout, Position, Sum
 Factory = Callable[..., Position]
 F = TypeVar("F", bound=Factory)
 _SCHEMES: dict[str, Factory] = {}
+ALIASES = {"rope": "axial", "rotary": "axial"}
+MEANINGS = {  # common words for schemes, of which there are several
+    "absolute": "learned (a table of vectors) or sincos (fixed waves)",
+    "sinusoidal": "sincos (added to tokens) or axial (rotates queries and keys)",
+    "relative": "shaw, swin or another one of the folders relative/ and bias/",
+}
 
 
 def register(factory: F | str) -> Any:
@@ -38,8 +44,9 @@ def register(factory: F | str) -> Any:
 
 
 def _register(name: str, factory: F) -> F:
-    if name in _SCHEMES:
-        raise ValueError(f"position scheme {name!r} is registered already, by {_SCHEMES[name].__module__}")
+    if name in _SCHEMES or name in ALIASES:
+        home = _SCHEMES[name].__module__ if name in _SCHEMES else f"{__name__} for {ALIASES[name]}"
+        raise ValueError(f"position scheme {name!r} is registered already, by {home}")
     _SCHEMES[name] = factory
     return factory
 
@@ -56,7 +63,10 @@ def build(spec: str, layout: Layout) -> Position:
     something that does not exist, or asks for something that the layout does not allow.
     """
     if not isinstance(spec, str):
-        raise TypeError(f'a position spec is a string such as "axial(base=100)", got {type(spec).__name__}')
+        raise TypeError(
+            f'a position spec is a string such as "axial(base=100)", or "none" for no positions, '
+            f"got {type(spec).__name__}"
+        )
     if len(spec) > 1000:
         raise ValueError(f"a position spec has at most 1000 characters, got {len(spec)}")
     try:
@@ -95,9 +105,10 @@ def factory(name: str) -> Factory:
     """The function or class registered under a name; ValueError, with close names, where there is
     none.
     """
+    name = ALIASES.get(name, name)
     if name not in _SCHEMES:
-        near = difflib.get_close_matches(name, _SCHEMES, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        near = MEANINGS.get(name) or " or ".join(difflib.get_close_matches(name, _SCHEMES, n=3, cutoff=0.5))
+        hint = f"did you mean {near}? " if near else ""
         raise ValueError(f"no position scheme is called {name!r}; {hint}There are: {', '.join(schemes())}")
     return _SCHEMES[name]
 

@@ -90,8 +90,13 @@ class Transform(NamedTuple):
 
 
 def entry(tables: Sequence[T], layer: int) -> T:
-    """The entry of one layer in a list with one per layer, or one for all."""
-    return tables[layer % len(tables)]
+    """The entry of one layer in a list with one per layer, or one for all.
+
+    Raises ValueError for a layer that does not exist.
+    """
+    if len(tables) > 1 and not 0 <= layer < len(tables):
+        raise ValueError(f"layer {layer} does not exist: the encoding is for {len(tables)} layers, counted from 0")
+    return tables[0 if len(tables) == 1 else layer]
 
 
 def per_layer(function: Callable[[T, T], T], a: list[T] | None, b: list[T] | None) -> list[T] | None:

@@ -65,7 +65,7 @@ class SampleConfig:
     Args:
         n: number of images
         steps: calls of the network for each image
-        scheduler: name of the sampler, a key of `SCHEDULERS`
+        scheduler: ddim, ddpm, dpm++, dpm++sde, dpm++1s, unipc, deis, euler, euler-a, heun or pndm
         size: height and width in pixels; those of training unless given
         labels: classes, used in turn; without them a model with classes samples unconditionally
         guidance: classifier-free guidance scale (arXiv:2207.12598); 1 is none
