@@ -146,7 +146,8 @@ def test_signal_to_one_process_stops_all_after_the_same_step(config, tmp_path):
     message = re.search(r"Interrupted after step (\d+)\. Resume with: vit-rope fit --ckpt_path", err)
     assert last_checkpoint(out)["global_step"] == int(message[1])
     steps = int(message[1]) + 12
-    run("--ckpt_path", out, "--trainer.devices", 1, "--trainer.strategy", "auto", "--trainer.max_steps", steps)
+    one = ("--trainer.devices", 1, "--trainer.strategy", "auto", "--data.batch_size", 32)  # as many images in a step
+    run("--ckpt_path", out, *one, "--trainer.max_steps", steps)
     assert last_checkpoint(out)["global_step"] == steps
 
 
