@@ -1,4 +1,4 @@
-"""timm's vision encoders of language models, alone or in a classifier, with the interface of Eva.
+"""timm's vision encoders of language models, bare or in a classifier, with the interface of Eva.
 
 Qwen3-ViT (arXiv:2511.21631) and DeepSeek-ViT (arXiv:2609.19969) have blocks and rotations like
 those of Eva; those of Gemma 4 (arXiv:2607.02770) differ and are not supported.

@@ -122,7 +122,7 @@ class Encoding(NamedTuple):
         return [term for term in terms if not acts_on or term.acts_on in acts_on]
 
     def bias(self, layer: int = 0) -> Tensor | None:
-        """What position alone adds to the scaled logits (B, H, N, M) of a layer, if anything."""
+        """What positions add to the scaled logits (B, H, N, M) of a layer without content."""
         total = entry(self.biases, layer) if self.biases else None
         for term in self.terms(layer, "logits"):
             total = term.values() if total is None else total + term.values()

@@ -58,7 +58,7 @@ class Spaced:
 
     diffusers' spacings need a number of steps that divides that of the levels: with others they
     begin in the middle of the schedule, and DDIM and PNDM step over levels that they do not visit.
-    So the scheduler inside is made for a schedule of these levels alone (section 4 of
+    So the scheduler inside is made for a schedule of only these levels (section 4 of
     arXiv:2102.09672) and takes all of its steps, while `timesteps` are levels of the training.
 
     Args:
